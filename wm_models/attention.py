@@ -1,0 +1,107 @@
+"""Dynamic mask attention (paper, section 3.2): each key carries a bias computed from its own value vector.
+
+B batch, S new tokens, L keys seen, C cache capacity, D hidden size, H query heads, K key/value heads, d head size,
+Hm rows of the bias (K or H), w keys kept.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration import DogeConfig
+
+
+class Pass(Protocol):
+    """What one pass over the model knows that its layers do not: positions, caches, and which keys are visible."""
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, heads, S, d) turned to this pass's positions."""
+        ...
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Remember this layer's new keys and attend over all remembered ones.
+
+        query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S). Returns (B, H, S, d).
+        """
+        ...
+
+
+class DMAttention(nn.Module):
+    """One attention layer: (B, S, D) -> (B, S, D), with positions and caches supplied by the pass."""
+
+    def __init__(self, config: DogeConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_size = layer, config.head_size
+        inner, narrow = config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.A = nn.Parameter(torch.zeros(config.num_key_value_heads))
+        self.dt_proj = nn.Linear(narrow, config.num_key_value_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (B, S, H·d), key and value (B, S, K·d), and the bias's dt (B, S, Hm)."""
+        value = self.v_proj(x)
+        return self.q_proj(x), self.k_proj(x), value, self.dt_proj(value)
+
+    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        query, key, value, dt = self.project(x)
+        heads = (*x.shape[:2], -1, self.head_size)
+        query = run.rotate(self.q_norm(query.view(heads)).transpose(1, 2))
+        key = run.rotate(self.k_norm(key.view(heads)).transpose(1, 2))
+        bias = torch.exp(self.A * F.softplus(dt)).transpose(1, 2)
+        y = run.attend(self.layer, query, key, value.view(heads).transpose(1, 2), bias)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the bias into the key vectors: `score + bias` is then one plain dot product.
+
+    Keys become [key, bias_1 … bias_G] with G = Hm / K, one channel for each bias row of a key head, and values get G
+    zeros, since fused kernels want both of one size. key and value (B, K, L, d), bias (B, Hm, L) -> (B, K, L, d + G).
+    """
+    batch, heads, length, _ = key.shape
+    groups = bias.shape[1] // heads
+    channels = bias.view(batch, heads, groups, length).transpose(2, 3)
+    return torch.cat([key, channels], dim=-1), F.pad(value, (0, groups))
+
+
+def attend_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
+
+    `visible`, bool, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i. No S×L tensor is
+    made here, and the bias's gradient flows through the keys.
+    """
+    heads, size = query.shape[1], query.shape[-1]
+    groups = key.shape[-1] - size
+    # head h reads bias channel h % G of its key head
+    channel = torch.eye(groups, dtype=query.dtype, device=query.device) * size**0.5
+    channel = channel.repeat(heads // groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
+    return F.scaled_dot_product_attention(
+        torch.cat([query, channel], dim=-1),
+        key,
+        value,
+        attn_mask=visible,
+        is_causal=causal,
+        scale=size**-0.5,
+        enable_gqa=key.shape[1] != heads,
+    )[..., :size]
+
+
+def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
+    """Of each query's visible keys, those with the `keep` largest biases: bool (B, Hm, S, L).
+
+    bias (B, Hm, L), visible (B, 1, S, L) bool. Keys that tie with the last one kept are kept too, so the choice does
+    not depend on how a machine sorts. With L <= keep every visible key is kept.
+    """
+    ranked = torch.where(visible, bias[:, :, None], torch.finfo(bias.dtype).min)
+    return visible & (ranked >= ranked.topk(min(keep, bias.shape[-1]), dim=-1).values[..., -1:])

@@ -1,0 +1,65 @@
+"""Configuration of Doge: the fields of `transformers`' own `DogeConfig`, checked, and the router's choice."""
+
+import math
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+
+
+@strict
+class DogeConfig(transformers.DogeConfig):
+    """Hyper-parameters of a Doge model (paper, section 3; names as in `transformers.DogeConfig`).
+
+    `expert_routing` says how a CDMoE layer splits the router's 2n outputs into two lists of n scores:
+    `"token"` splits each token's own row, so a token's experts depend on that token alone;
+    `"batch"` splits the flattened batch in two halves, as the published CDMoE weights were trained, which mixes
+    tokens: such a model is not causal over a full pass and cannot be exported or batched.
+    A config file that lacks the field was written by `transformers` and means `"batch"`.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    expert_routing: str = "token"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _check_multiple(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads or 1
+        )
+        if self.head_size % 2:
+            raise ValueError(f"the head size hidden_size / num_attention_heads is {self.head_size}; RoPE needs it even")
+        if self.keep_window_size < 1:
+            raise ValueError(f"keep_window_size is {self.keep_window_size}; expected at least 1")
+        if self.expert_routing not in ("token", "batch"):
+            raise ValueError(f"expert_routing is {self.expert_routing!r}; expected 'token' or 'batch'")
+        if self.is_moe:
+            if self.expert_keys**2 != self.num_experts:
+                raise ValueError(f"num_experts is {self.num_experts}; expected a square number")
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to {self.num_experts}")
+
+    @property
+    def head_size(self) -> int:
+        """d, the size of one attention head."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_keys(self) -> int:
+        """n = sqrt(E), the length of each of the router's two score lists."""
+        return math.isqrt(self.num_experts)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DogeConfig":
+        """A config from its JSON object; see `expert_routing` for what a missing routing means."""
+        return super().from_dict({"expert_routing": "batch", **config_dict}, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, and always the routing, whose absence means something else."""
+        return {**super().to_diff_dict(), "expert_routing": self.expert_routing}
+
+
+def _check_multiple(name: str, value: int, of: str, divisor: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ValueError(f"{name} is {value}; expected a multiple of {of}, {divisor}")

@@ -1,0 +1,162 @@
+"""The parts that need no state: gated MLP, cross domain mixture of experts, rotary positions.
+
+B batch, S new tokens, D hidden size, d head size, E experts, n = sqrt(E), k experts a token.
+"""
+
+from collections.abc import Callable
+
+import einx
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration import DogeConfig
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`: (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two inner vectors, gate and up, of (B, S, intermediate_size) each."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.project(x)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class CDMoE(GatedMLP):
+    """Cross domain mixture of experts (paper, section 3.3): a shared gated MLP plus k of E one-row experts a token.
+
+    `out = MLP(x) + sum_k g_k · up_embed[e_k]`, `g = act(x · down_embed[e]) · softmax_k(score)`.
+    (B, S, D) -> (B, S, D); the layer's router scores, (B, S, 2, n), are what `route` returns first.
+    """
+
+    pair_rows: torch.Tensor
+    pair_columns: torch.Tensor
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.keys, self.top_k = config.expert_keys, config.num_experts_per_tok
+        self.batch_split = config.expert_routing == "batch"
+        self.router_gate = nn.Linear(config.hidden_size, 2 * self.keys, bias=False)
+        self.down_embed = nn.Embedding(config.num_experts, config.hidden_size)
+        self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again.
+
+        The k largest sums of two sorted lists lie among the pairs (i, j) with (i + 1)(j + 1) <= k: any other pair
+        has at least k pairs that are no smaller before it.
+        """
+        pairs = [(i, j) for i in range(self.keys) for j in range(self.keys) if (i + 1) * (j + 1) <= self.top_k]
+        rows, columns = torch.tensor(pairs, device="cpu").T.contiguous()
+        return {"pair_rows": rows, "pair_columns": columns}
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Router scores of both lists, (B, S, 2, n)."""
+        batch, length, _ = x.shape
+        logits = self.router_gate(x)
+        if self.batch_split:
+            return logits.reshape(2, batch * length, self.keys).transpose(0, 1).reshape(batch, length, 2, self.keys)
+        return logits.view(batch, length, 2, self.keys)
+
+    def route(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k experts with the largest score sums, from scores (B, S, 2, n).
+
+        Returns their indices (B, S, k), int64, and their weights (B, S, k), which sum to one
+        (so transformers' `norm_topk_prob` changes nothing).
+        """
+        best, index = scores.topk(min(self.top_k, self.keys), dim=-1)
+        sums = best[..., 0, :][..., self.pair_rows] + best[..., 1, :][..., self.pair_columns]
+        top, pair = sums.topk(self.top_k, dim=-1)
+        experts = index[..., 0, :].gather(-1, self.pair_rows[pair]) * self.keys
+        experts = experts + index[..., 1, :].gather(-1, self.pair_columns[pair])
+        return experts, top.softmax(-1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the layer's output (B, S, D) and its router scores (B, S, 2, n)."""
+        scores = self.scores(x)
+        experts, weights = self.route(scores)
+        strength = self.act_fn(einx.dot("b s d, b s k d -> b s k", x, self.down_embed(experts))) * weights
+        return super().forward(x) + einx.dot("b s k, b s k d -> b s d", strength, self.up_embed(experts)), scores
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, for every `rope_type` of transformers, without a branch on data.
+
+    `default`, `linear`, `yarn` and `llama3` have fixed frequencies. `longrope` has two sets and `dynamic` (NTK) a base
+    that grows with the length: both are tensor arithmetic on each sequence's length.
+    """
+
+    frequencies: torch.Tensor
+    long_frequencies: torch.Tensor
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        self.config = config
+        rope = config.rope_parameters
+        assert rope is not None  # PreTrainedConfig fills it in
+        self.kind: str = rope["rope_type"]
+        self.original_length: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if self.kind == "dynamic":
+            self.original_length = config.max_position_embeddings
+        self.scaling = 1.0 if self.kind == "default" else self._scaled()[1]
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again."""
+        if self.kind == "default":
+            size, theta = self.config.head_size, self.config.rope_parameters["rope_theta"]
+            return {"frequencies": 1.0 / theta ** (torch.arange(0, size, 2, device="cpu").float() / size)}
+        constants = {"frequencies": self._scaled()[0]}
+        if self.kind == "longrope":
+            constants["long_frequencies"] = self._scaled(seq_len=self.original_length + 1)[0]
+        return constants
+
+    def _scaled(self, **kwargs: int) -> tuple[torch.Tensor, float]:
+        return ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """Follow the model to another device, but stay float32: a position times a rounded frequency is far off."""
+        buffers = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in buffers.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def forward(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, float32 (B, S, d/2) each.
+
+        `positions` (B, S) int64; `lengths` (B) int64, each sequence's highest position so far plus one.
+        """
+        frequencies = self.frequencies
+        if self.kind == "longrope":
+            extended = lengths[:, None, None] > self.original_length
+            frequencies = torch.where(extended, self.long_frequencies, frequencies)
+        elif self.kind == "dynamic":
+            rope, size = self.config.rope_parameters, self.config.head_size
+            ratio = lengths.clamp(min=self.original_length)[:, None, None].float() / self.original_length
+            base = rope["rope_theta"] * (rope["factor"] * ratio - (rope["factor"] - 1)) ** (size / (size - 2))
+            frequencies = 1.0 / base ** (torch.arange(0, size, 2, device=positions.device).float() / size)
+        angles = positions[..., None].float() * frequencies
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate each head's halves against each other: x (B, heads, S, d), cosine and sine (B, S, d/2)."""
+    cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

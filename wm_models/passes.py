@@ -1,0 +1,167 @@
+"""The two ways through a model: a pass of transformers' kind, and a step over static caches.
+
+B batch, S new tokens, L keys seen, C cache capacity, H query heads, K key/value heads, d head size,
+Hm rows of the bias, w keys kept.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .attention import attend_packed, keep_largest, pack_keys
+from .configuration import DogeConfig
+from .layers import RotaryEmbedding, rotate
+
+
+def past_length(cache: Cache | None) -> int | torch.Tensor:
+    """Tokens in the cache; the int 0 exactly when it is known to be empty without looking at data."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def is_empty(cache: Cache | None) -> bool:
+    """Whether nothing can be in the cache yet. A static cache in use answers with a tensor, hence no."""
+    length = past_length(cache)
+    return isinstance(length, int) and length == 0
+
+
+def visible_keys(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The mask as transformers builds it, bool (B, 1, S, L)."""
+    windowed = getattr(config, "sliding_window", None) is not None
+    create = create_sliding_window_causal_mask if windowed else create_causal_mask
+    mask = create(config, inputs_embeds, attention_mask, past_key_values, position_ids, allow_is_causal_skip=False)
+    assert mask is None or isinstance(mask, torch.Tensor)
+    return mask
+
+
+class CachedPass:
+    """Training, prefill and `generate`: transformers' cache or none, and its masks.
+
+    The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty and the
+    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys.
+    """
+
+    def __init__(
+        self,
+        config: DogeConfig,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+    ):
+        self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
+        self.empty = is_empty(cache)
+        length = inputs_embeds.shape[1]
+        fits = length <= min(self.keep, config.sliding_window or self.keep)
+        self.padding: torch.Tensor | None = None
+        self.visible: torch.Tensor | None = None
+        if attention_mask is not None and attention_mask.ndim == 4:
+            self.visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        elif self.empty and fits:
+            self.padding = None if attention_mask is None else attention_mask[:, None].bool()
+        else:
+            self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, *self.rotation)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        if self.padding is not None:
+            # low enough that the softmax gives zero, high enough that sqrt(d) times it is still finite
+            lowest = torch.finfo(bias.dtype).min / (2 * query.shape[-1] ** 0.5)
+            bias = torch.where(self.padding, bias, lowest)
+        packed_key, packed_value = pack_keys(key, value, bias)
+        if self.cache is not None:
+            remembered = self.cache.update(packed_key, packed_value, layer)
+            if not self.empty or self.visible is not None:
+                packed_key, packed_value = remembered
+        visible = self.visible
+        if visible is not None and packed_key.shape[2] > self.keep:
+            visible = keep_largest(unpack_bias(packed_key, query.shape[-1]), visible, self.keep)
+            visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
+        return attend_packed(query, packed_key, packed_value, visible, causal=visible is None)
+
+
+def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
+    """The biases (B, Hm, L) out of packed keys (B, K, L, d + G)."""
+    return packed_key[..., size:].transpose(2, 3).flatten(1, 2)
+
+
+class LayerCache(NamedTuple):
+    """One attention layer's static cache. Row j of a slot is the token at position j."""
+
+    key: torch.Tensor  # (B, K, C, d), rotated
+    value: torch.Tensor  # (B, K, C, d)
+    bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
+
+
+class StepPass:
+    """A chunk of new tokens for each slot of static caches, which are written in place.
+
+    Tokens are placed at each slot's own `cache_lengths`. Key j is visible to new token s when
+    j <= cache_lengths + s: rows beyond a slot's length are never seen, so padded tokens may leave anything there.
+    """
+
+    def __init__(
+        self,
+        config: DogeConfig,
+        rotary: RotaryEmbedding,
+        length: int,
+        cache_lengths: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        caches: Sequence[LayerCache],
+    ):
+        self.caches, self.keep = caches, config.keep_window_size
+        self.written: list[LayerCache] = []
+        capacity = caches[0].key.shape[2]
+        steps = torch.arange(length, device=cache_lengths.device)
+        self.positions = cache_lengths[:, None] + steps  # (B, S)
+        self.rotation = rotary(self.positions, cache_lengths + sequence_lengths)
+        # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
+        self.start = cache_lengths.clamp(max=capacity - length)
+        rows = torch.arange(capacity, device=cache_lengths.device)
+        self.visible = rows <= self.positions[:, None, :, None]  # (B, 1, S, C)
+        if config.sliding_window is not None:
+            self.visible = self.visible & (rows > self.positions[:, None, :, None] - config.sliding_window)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, *self.rotation)
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Put `new` (B, heads, S, size) into `cache` (B, heads, C, size) at each slot's start."""
+        rows = self.start[:, None] + torch.arange(new.shape[2], device=new.device)
+        return cache.scatter_(2, rows[:, None, :, None].expand_as(new), new)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        old = self.caches[layer]
+        cache = LayerCache(
+            self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
+        )
+        self.written.append(cache)
+        biases, visible = cache.bias[..., 0], self.visible
+        if biases.shape[2] > self.keep:
+            visible = keep_largest(biases, visible, self.keep)
+        mask = torch.where(visible, biases[:, :, None], torch.finfo(biases.dtype).min)  # (B, Hm, S, C)
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+        return self.attend_masked(query, cache.key, cache.value, mask)
+
+    def attend_masked(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention with an additive mask: query (B, H, S, d), key and value (B, K, C, d), mask (B, H, S, C)."""
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
