@@ -100,8 +100,8 @@ def attend_packed(
 def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
     """Of each query's visible keys, those with the `keep` largest biases: bool (B, Hm, S, L).
 
-    bias (B, Hm, L), visible (B, 1, S, L) bool. Keys that tie with the last one kept are kept too, so the choice does
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Keys that tie with the last one kept are kept too, so the choice does
     not depend on how a machine sorts. With L <= keep every visible key is kept.
     """
-    ranked = torch.where(visible, bias[:, :, None], torch.finfo(bias.dtype).min)
-    return visible & (ranked >= ranked.topk(min(keep, bias.shape[-1]), dim=-1).values[..., -1:])
+    ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
+    return visible & (ranked >= ranked.topk(torch.sym_min(keep, bias.shape[-1]), dim=-1).values[..., -1:])

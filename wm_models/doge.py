@@ -15,7 +15,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DMAttention, Pass
 from .checkpoint import checked_directory
@@ -38,12 +37,13 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = CDMoE(config) if config.is_moe else GatedMLP(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
-    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output, and its router's scores (B, S, 2, n) where it has experts."""
         y = self.self_attn(self.input_layernorm(x), run)
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
         y = self.mlp(self.post_attention_layernorm(x))
-        y = y[0] if isinstance(self.mlp, CDMoE) else y
-        return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training)
+        y, scores = y if isinstance(self.mlp, CDMoE) else (y, None)
+        return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
 
 
 class DogePreTrainedModel(PreTrainedModel):
@@ -55,7 +55,6 @@ class DogePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"router_logits": OutputRecorder(CDMoE, index=1), "hidden_states": DogeDecoderLayer}
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,14 +90,17 @@ class DogeModel(DogePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def run(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
-        """Every layer and the final norm: (B, S, D) -> (B, S, D)."""
+    def run(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Every layer and the final norm: (B, S, D) -> (B, S, D), then each layer's input, and its router's scores."""
+        inputs, routers = [], []
         for layer in self.layers:
-            x = layer(x, run)
-        return self.norm(x)
+            inputs.append(x)
+            x, scores = layer(x, run)
+            routers.append(scores)
+        return self.norm(x), inputs, routers
 
     @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -107,6 +109,8 @@ class DogeModel(DogePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         **_: Any,
     ) -> MoeModelOutputWithPast:
         """As in transformers: input_ids (B, S) int64 or inputs_embeds (B, S, D); attention_mask (B, L) of ones and
@@ -122,8 +126,12 @@ class DogeModel(DogePreTrainedModel):
             position_ids = (steps + past_length(past_key_values))[None]
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
         run = CachedPass(self.config, rotation, inputs_embeds, attention_mask, position_ids, past_key_values)
+        last, inputs, routers = self.run(inputs_embeds, run)
         return MoeModelOutputWithPast(
-            last_hidden_state=self.run(inputs_embeds, run), past_key_values=past_key_values
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=(*inputs, last) if output_hidden_states else None,
+            router_logits=tuple(routers) if output_router_logits and self.config.is_moe else None,
         )
 
     def step(
@@ -138,7 +146,7 @@ class DogeModel(DogePreTrainedModel):
         run = pass_type(
             self.config, self.rotary_emb, input_ids.shape[1], cache_lengths, sequence_lengths, caches
         )
-        return self.run(self.embed_tokens(input_ids), run), run.written
+        return self.run(self.embed_tokens(input_ids), run)[0], run.written
 
 
 class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
@@ -172,7 +180,6 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         `output_router_logits` adds `router_aux_loss_coef` times the routers' load-balancing loss."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        output_router_logits = output_router_logits and self.config.is_moe
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -187,7 +194,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits:
+        if outputs.router_logits is not None:
             aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
             loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -89,7 +90,7 @@ class CachedPass:
                 packed_key, packed_value = remembered
         visible = self.visible
         if visible is not None and packed_key.shape[2] > self.keep:
-            visible = keep_largest(unpack_bias(packed_key, query.shape[-1]), visible, self.keep)
+            visible = keep_largest(unpack_bias(packed_key, query.shape[-1])[:, :, None], visible, self.keep)
             visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
         return attend_packed(query, packed_key, packed_value, visible, causal=visible is None)
 
@@ -152,11 +153,13 @@ class StepPass:
             self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
         )
         self.written.append(cache)
-        biases, visible = cache.bias[..., 0], self.visible
-        if biases.shape[2] > self.keep:
+        biases, visible = cache.bias.transpose(2, 3), self.visible  # (B, Hm, 1, C)
+        # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
+        if not statically_known_true(biases.shape[3] <= self.keep):
             visible = keep_largest(biases, visible, self.keep)
-        mask = torch.where(visible, biases[:, :, None], torch.finfo(biases.dtype).min)  # (B, Hm, S, C)
-        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+        mask = torch.where(visible, biases, torch.finfo(biases.dtype).min)  # (B, Hm, S, C)
+        if mask.shape[1] != query.shape[1]:
+            mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return self.attend_masked(query, cache.key, cache.value, mask)
 
     def attend_masked(

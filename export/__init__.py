@@ -1,0 +1,7 @@
+"""Lower a model to an artifact that `runtime` loads, and check it against the eager model."""
+
+from .errors import ExportError, VerificationError
+from .onnx import export_onnx
+from .verify import Comparison, verify
+
+__all__ = ["Comparison", "ExportError", "VerificationError", "export_onnx", "verify"]

@@ -1,0 +1,82 @@
+"""The command `wm-export`: onnx, verify, inspect."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runtime.console import run
+
+from .errors import VerificationError
+from .inspection import inspect_artifact
+from .onnx import export_onnx
+from .verify import Comparison, verify, worst
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Export models and check them.")
+console = Console(highlight=False)
+
+
+@app.command()
+def onnx(
+    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a preset's name for random weights.")],
+    out: Annotated[Path, typer.Option(help="The artifact directory to write.")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    max_length: Annotated[int | None, typer.Option(help="Most tokens a slot holds. Default: all RoPE allows.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Most slots a step serves.")] = 8,
+    logits: Annotated[str, typer.Option(help="Logits of the last real token, or of all.")] = "last",
+    seed: Annotated[int, typer.Option(help="Of a preset's random weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")] = False,
+) -> None:
+    """Write an ONNX artifact and verify it against the eager model."""
+    with console.status("") as status:
+        verdicts = export_onnx(
+            source, out, dtype=dtype, max_length=max_length, max_batch=max_batch, logits=logits, seed=seed, force=force,
+            stage=lambda name: status.update(f"{name} …"), report=_print_verdict,
+        )  # fmt: skip
+    _conclude(verdicts, out)
+
+
+@app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="An artifact directory.")],
+    source: Annotated[str | None, typer.Option(help="The checkpoint, where it has moved since the export.")] = None,
+) -> None:
+    """Compare an artifact with its eager model again."""
+    with console.status("comparing with the eager model …"):
+        verdicts = verify(directory, source, _print_verdict)
+    _conclude(verdicts, directory)
+
+
+@app.command("inspect")
+def inspect_command(directory: Annotated[Path, typer.Argument(help="An artifact directory.")]) -> None:
+    """Show an artifact's inputs, outputs, operators and sizes."""
+    report = inspect_artifact(directory)
+    console.print(report.summary)
+    for title, columns, rows in report.tables:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _print_verdict(verdict: Comparison) -> None:
+    limit = f" (limit {verdict.difference_limit:.1e})" if verdict.difference_limit is not None else ""
+    kl_limit = f" (limit {verdict.kl_limit:.0e})" if verdict.kl_limit is not None else ""
+    console.print(
+        f"{'ok  ' if verdict.passed else 'FAIL'} {verdict.case}: max |Δlogit| {verdict.max_difference:.1e}{limit}, "
+        f"mean KL {verdict.mean_kl:.1e}{kl_limit}, argmax agreement {verdict.argmax_agreement:.2%}",
+        soft_wrap=True,
+    )
+
+
+def _conclude(verdicts: list[Comparison], directory: Path) -> None:
+    if not all(verdict.passed for verdict in verdicts):
+        raise VerificationError(f"{directory}: {worst(verdicts)}; it loads only with allow_unverified=True")
+    positions = sum(verdict.positions for verdict in verdicts)
+    console.print(f"verified: {directory}: {len(verdicts)} comparisons, {positions} positions", soft_wrap=True)
+
+
+def main() -> None:
+    run(app, "wm-export", failures=(VerificationError,))

@@ -1,0 +1,168 @@
+"""What exactly is lowered, and to what: a model's `step` as one ONNX graph of opset 24.
+
+    cache write                TensorScatter        one a cache, in place where the runtime binds one buffer to both ends
+    attention, mask added      Attention            grouped heads, one a layer
+    rotary positions           RotaryEmbedding      cosines and sines computed once a step
+    norms                      RMSNormalization
+    q, k, v and the bias's dt  MatMul               one product, the weights side by side
+    gate and up                MatMul               one product
+
+B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/value heads, d head size, V vocabulary.
+"""
+
+import warnings
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript.onnx_opset import opset24 as op
+from torch import nn
+from torch.nn import functional as F
+
+from wm_models import DogeForCausalLM, LayerCache
+from wm_models.attention import DMAttention
+from wm_models.layers import GatedMLP
+from wm_models.passes import StepPass
+
+OPSET = 24
+INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
+STATES = LayerCache._fields
+
+
+class OnnxPass(StepPass):
+    """A step whose cache writes, rotations and attention are one ONNX operator each."""
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        cosine, sine = (table.to(x.dtype) for table in self.rotation)
+        return torch.onnx.ops.rotary_embedding(x, cosine, sine)
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
+
+    def attend_masked(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return _operator("Attention", (query, key, value, mask), {"scale": query.shape[-1] ** -0.5}, query)
+
+
+def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str, Any], like: torch.Tensor) -> Any:
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """One node: ONNX's Softplus needs no threshold to stay finite, so torch's Greater and Where go."""
+    assert beta == 1.0
+    return op.Softplus(x)
+
+
+class FusedProjection(nn.Module):
+    """Linear layers over one input as one matrix product, cut apart afterwards."""
+
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]):
+        super().__init__()
+        self.sizes = [weight.shape[0] for weight in weights]
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            self.bias = nn.Parameter(torch.cat(filled), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+
+
+def fuse_attention(attention: DMAttention) -> None:
+    """Put q, k, v and dt into one product.
+
+    dt is linear in the value and the value in x, so dt's weight on x is a product of two (taken in float64). It is
+    repeated for every query head: a row of the mask is then a row of the bias cache, with nothing to expand.
+    """
+    heads = attention.q_proj.out_features // attention.head_size
+    repeat = heads // attention.A.shape[0]
+    value, dt = attention.v_proj, attention.dt_proj
+    weight = (dt.weight.double() @ value.weight.double()).to(dt.weight.dtype)
+    bias = dt.bias
+    if dt.bias is not None:
+        bias = (dt.bias.double() + dt.weight.double() @ value.bias.double()).to(dt.weight.dtype)
+        bias = bias.repeat_interleave(repeat)
+    parts = [attention.q_proj, attention.k_proj, value]
+    attention.fused = FusedProjection(
+        [*(part.weight for part in parts), weight.repeat_interleave(repeat, 0)], [*(part.bias for part in parts), bias]
+    )
+    attention.project = attention.fused.__call__
+    attention.A = nn.Parameter(attention.A.repeat_interleave(repeat), requires_grad=False)
+    del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
+
+
+def fuse_mlp(mlp: GatedMLP) -> None:
+    """Put gate and up into one product."""
+    parts = [mlp.gate_proj, mlp.up_proj]
+    mlp.fused = FusedProjection([part.weight for part in parts], [part.bias for part in parts])
+    mlp.project = mlp.fused.__call__
+    del mlp.gate_proj, mlp.up_proj
+
+
+class StepGraph(nn.Module):
+    """`DogeForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
+
+    def __init__(self, model: DogeForCausalLM, all_logits: bool):
+        super().__init__()
+        self.model, self.all_logits = model, all_logits
+        with torch.no_grad():
+            for module in list(model.modules()):
+                if isinstance(module, DMAttention):
+                    fuse_attention(module)
+                elif isinstance(module, GatedMLP):
+                    fuse_mlp(module)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        *states: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        width = len(STATES)
+        caches = [LayerCache(*states[i : i + width]) for i in range(0, len(states), width)]
+        logits, caches = self.model.step(
+            input_ids, cache_lengths, sequence_lengths, caches, all_logits=self.all_logits, pass_type=OnnxPass
+        )
+        return (logits, *(state for cache in caches for state in cache))
+
+
+def state_names(layers: int) -> list[str]:
+    """The states' input names in the graph's order; an output is named as its input, with `.out` behind."""
+    return [f"layers.{layer}.{name}" for layer in range(layers) for name in STATES]
+
+
+def lower(model: DogeForCausalLM, *, max_batch: int, max_length: int, all_logits: bool) -> ir.Model:
+    """The step graph of `model`, whose parameters it takes over. Batch, sequence and capacity are dynamic.
+
+    Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), int64, and the states; outputs `logits`
+    (B, 1, V), or (B, S, V) with `all_logits`, and the states.
+    """
+    graph = StepGraph(model, all_logits).eval()
+    names = state_names(model.config.num_hidden_layers)
+    # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
+    caches = model.new_caches(2, 7)
+    sample = (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([3, 2]))
+    batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
+    sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
+    capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
+    shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple({0: batch, 2: capacity} for _ in names))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter speaks of names of dimensions that it unifies
+        program = torch.onnx.export(
+            graph,
+            (*sample, *(state for cache in caches for state in cache)),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[*INPUTS, *names],
+            output_names=["logits", *(f"{name}.out" for name in names)],
+            custom_translation_table={torch.ops.aten.softplus.default: _softplus},
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model

@@ -1,0 +1,88 @@
+"""checkpoint → model → graph → artifact: one call, and nothing half-written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from wm_models import DogeForCausalLM
+
+from .artifact import check_free, describe, parameter_count, replacing, save_graph
+from .errors import ExportError
+from .graph import lower
+from .source import copy_texts, load_model
+from .verify import Comparison, Reference, check_and_record, plan
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LOGITS = ("last", "all")
+
+
+def export_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    max_length: int | None = None,
+    max_batch: int = 8,
+    logits: str = "last",
+    seed: int = 0,
+    force: bool = False,
+    stage: Callable[[str], None] = lambda name: None,
+    report: Callable[[Comparison], None] = lambda verdict: None,
+) -> list[Comparison]:
+    """Export `source`, a checkpoint directory or a preset's name, into the artifact directory `out`, and verify it.
+
+    `dtype` of weights, caches and arithmetic: fp32, fp16 or bf16. `max_length` in tokens (default: what RoPE allows);
+    `max_batch` slots; `logits` of the last real token or of all; `seed` for a preset's random weights; `force`
+    replaces what `out` holds once the new artifact is whole. `stage` and `report` are told of progress.
+
+    Returns the comparisons with the eager model. An artifact that fails one is kept for inspection, but marked: it
+    loads only with `allow_unverified=True`. Raises `ExportError`, `wm_models.CheckpointError`, OSError.
+    """
+    source, out = os.fspath(source), Path(out)
+    if dtype not in DTYPES:
+        raise ExportError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if logits not in LOGITS:
+        raise ExportError(f"--logits is {logits!r}; expected one of {', '.join(LOGITS)}")
+    if max_batch < 1:
+        raise ExportError(f"--max-batch is {max_batch}; expected at least 1")
+    check_free(out, force)
+    stage("loading")
+    model = load_model(source, seed)
+    max_length = checked_length(model, max_length)
+    if model.config.is_moe and model.config.expert_routing == "batch":
+        raise ExportError(
+            f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
+            "no step graph; set \"expert_routing\": \"token\" in config.json if the weights were trained for it"
+        )
+    with replacing(out, force) as directory:
+        copy_texts(model, source, directory)
+        stage("computing the eager model's answers")
+        reference = Reference(model, plan(max_length, max_batch, model.config.keep_window_size))
+        stage("lowering to ONNX")
+        torch_dtype = DTYPES[dtype]
+        config, layers, parameters = model.config.to_dict(), model.config.num_hidden_layers, parameter_count(model)
+        graph = lower(model.to(torch_dtype), max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
+        stage("writing")
+        save_graph(graph, directory)
+        manifest = describe(
+            graph, config, parameters, layers, dtype=str(torch_dtype).removeprefix("torch."), logits=logits,
+            max_batch=max_batch, max_length=max_length,
+        )  # fmt: skip
+        del model, graph  # one copy of the weights at a time
+        stage("verifying")
+        origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
+        return check_and_record(directory, manifest, reference, origin, report)
+
+
+def checked_length(model: DogeForCausalLM, max_length: int | None) -> int:
+    """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
+    rope = model.config.rope_parameters or {}
+    limit = model.config.max_position_embeddings
+    if rope["rope_type"] == "dynamic":
+        limit = int(limit * rope["factor"])
+    length = limit if max_length is None else max_length
+    if not 2 <= length <= limit:
+        raise ExportError(f"--max-length is {length}; this model's RoPE ({rope['rope_type']}) allows 2 to {limit}")
+    return length

@@ -1,0 +1,45 @@
+"""Where a model comes from: a checkpoint directory, a hub model or a preset's name."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from wm_models import PRESETS, DogeForCausalLM, create, shipped_tokenizer
+
+from .errors import ExportError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def load_model(source: str, seed: int) -> DogeForCausalLM:
+    """The eager model in float32 and evaluation mode.
+
+    `source` is a directory, or a preset's name for random weights from `seed`; a directory of a preset's name wins.
+    Raises `ExportError` or `wm_models.CheckpointError`.
+    """
+    if not os.path.isdir(source) and source in PRESETS:
+        return create(source, seed)
+    if not os.path.isdir(source) and "/" not in source:
+        raise ExportError(f"{source}: no such directory, and no preset; the presets are {', '.join(PRESETS)}")
+    return DogeForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+
+def copy_texts(model: DogeForCausalLM, source: str, out: Path) -> None:
+    """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
+    model.config.save_pretrained(out)
+    if os.path.isdir(source):
+        for name in TOKENIZER_FILES:
+            if os.path.isfile(os.path.join(source, name)):
+                (out / name).write_bytes(Path(source, name).read_bytes())
+    elif source in PRESETS:
+        shipped_tokenizer().save_pretrained(out)
+    if not (out / "generation_config.json").exists() and model.generation_config is not None:
+        model.generation_config.save_pretrained(out)

@@ -1,0 +1,193 @@
+"""Is the exported graph the eager model? Teacher-forced passes through both, compared number by number.
+
+B batch, S new tokens, V vocabulary.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime import Engine, load
+from wm_models import DogeForCausalLM
+
+from .artifact import MANIFEST, VERIFICATION, write_json, write_manifest
+from .errors import ExportError
+from .source import load_model
+
+STEPS = 64
+LOGIT_TOLERANCE = 1e-4  # times max(1, max|logit|), float32
+KL_LIMIT = 1e-3  # nats, mean over positions, float16 and bfloat16 against the float32 model
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the engine: a prompt of `prompts[b]` tokens for slot b, then decode steps.
+
+    A slot whose `idle` divides the step's number (from 1) sits that step out; 0 never does.
+    """
+
+    name: str
+    prompts: tuple[int, ...]
+    steps: int
+    idle: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The verdict on one case. Differences are of logits; KL in nats, of the eager distribution from the graph's."""
+
+    case: str
+    positions: int
+    max_difference: float
+    difference_limit: float | None
+    mean_kl: float
+    kl_limit: float | None
+    argmax_agreement: float
+    argmax_flips: int
+    passed: bool
+
+
+def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
+    """Prefill and decode at several lengths, a ragged batch with idle slots, and beyond the keep window."""
+    steps = min(STEPS, max(1, max_length // 2))
+    longest = max_length - steps
+    lengths = sorted({min(length, longest) for length in (1, 17, 128)} - {0})
+    if keep_window < longest:
+        lengths.append(min(keep_window + 32, longest))
+    cases = [Case(f"prompt {length}, {steps} steps", (length,), steps, (0,)) for length in lengths if length > 0]
+    if longest == max_length - steps and max_length > 320:  # across a capacity bucket
+        cases.append(Case("prompt 240, 32 steps over a bucket's end", (240,), 32, (0,)))
+    if max_batch > 1:
+        ragged = tuple(max(1, min(length, longest)) for length in (5, 33, 20, 1))[: min(max_batch, 4)]
+        cases.append(Case(f"ragged batch {ragged}", ragged, steps, (0,) * len(ragged)))
+        cases.append(Case(f"idle slots, batch {ragged}", ragged, steps, (0, 2, 3, 5)[: len(ragged)]))
+    return cases
+
+
+def eager_logits(model: DogeForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
+    """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass."""
+    with torch.inference_mode():
+        positions = torch.arange(first, ids.shape[0])
+        return model(ids[None], logits_to_keep=positions, use_cache=False).logits[0].float().numpy()
+
+
+def run_case(engine: Engine, case: Case, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The engine's logits for each slot, (1 + its steps, V): after the prompt and after each step it took."""
+    engine.reset()
+    width = max(case.prompts)
+    ids = np.zeros((len(sequences), width), np.int64)
+    for row, (sequence, length) in enumerate(zip(sequences, case.prompts, strict=True)):
+        ids[row, :length] = sequence[:length]
+    found = [[row] for row in engine.prefill(ids, np.array(case.prompts)).copy()]
+    taken = np.array(case.prompts)
+    for step in range(1, case.steps + 1):
+        active = np.array([not period or step % period > 0 for period in case.idle])
+        new = np.array([sequence[at] for sequence, at in zip(sequences, taken, strict=True)])
+        logits = engine.decode(new) if active.all() else engine.prefill(new[:, None], active.astype(np.int64))
+        for slot in np.flatnonzero(active):
+            found[slot].append(logits[slot].copy())
+        taken = taken + active
+    return [np.stack(rows) for rows in found]
+
+
+def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], dtype: str) -> Comparison:
+    """Hold the graph's logits, (positions, V) a slot, against the eager model's."""
+    eager = np.concatenate([e[: len(f)] for e, f in zip(expected, found, strict=True)]).astype(np.float64)
+    graph = np.concatenate(found).astype(np.float64)
+    difference = np.abs(eager - graph).max(-1)
+    limit = LOGIT_TOLERANCE * max(1.0, float(np.abs(eager).max()))
+    log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
+    mean_kl = float((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).mean())
+    two = np.partition(eager, -2, axis=-1)[:, -2:]
+    agree = eager.argmax(-1) == graph.argmax(-1)
+    flips = int((~agree & (two[:, 1] - two[:, 0] > limit)).sum())  # where the eager margin exceeds the limit
+    exact = dtype == "float32"
+    finite = bool(np.isfinite(graph).all())
+    passed = finite and (float(difference.max()) <= limit and flips == 0 if exact else mean_kl <= KL_LIMIT)
+    return Comparison(
+        case.name, len(eager), float(difference.max()), limit if exact else None,
+        mean_kl, None if exact else KL_LIMIT, float(agree.mean()), flips, passed,
+    )  # fmt: skip
+
+
+class Reference:
+    """The eager model's answers to a plan, taken before the model is lowered and used up."""
+
+    def __init__(self, model: DogeForCausalLM, cases: list[Case], seed: int = 0):
+        draw = np.random.default_rng(seed)
+        self.cases = cases
+        self.sequences: list[list[np.ndarray]] = []
+        self.logits: list[list[np.ndarray]] = []
+        for case in cases:
+            rows = [draw.integers(0, model.config.vocab_size, length + case.steps) for length in case.prompts]
+            self.sequences.append(rows)
+            self.logits.append(
+                [eager_logits(model, torch.from_numpy(row), at - 1) for row, at in zip(rows, case.prompts, strict=True)]
+            )
+
+    def check(self, engine: Engine, dtype: str, report: Callable[[Comparison], None]) -> list[Comparison]:
+        """Run every case, handing each verdict to `report` as it comes."""
+        verdicts = []
+        for case, sequences, expected in zip(self.cases, self.sequences, self.logits, strict=True):
+            verdict = compare(case, expected, run_case(engine, case, sequences), dtype)
+            report(verdict)
+            verdicts.append(verdict)
+        return verdicts
+
+
+def check_and_record(
+    directory: Path, manifest: dict[str, Any], reference: Reference, origin: dict[str, Any],
+    report: Callable[[Comparison], None],
+) -> list[Comparison]:  # fmt: skip
+    """Check the artifact in `directory`, write verification.json, and give the manifest its verdict."""
+    (directory / VERIFICATION).unlink(missing_ok=True)
+    write_manifest(directory, manifest, verified=False)
+    engine = load(directory, allow_unverified=True)
+    verdicts = reference.check(engine, manifest["graph"]["dtype"], report)
+    passed = all(verdict.passed for verdict in verdicts)
+    record = {"source": origin, "passed": passed, "comparisons": [asdict(verdict) for verdict in verdicts]}
+    write_json(directory / VERIFICATION, record)
+    write_manifest(directory, manifest, verified=passed)
+    return verdicts
+
+
+def worst(verdicts: list[Comparison]) -> str:
+    """One line on the case that failed by most."""
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    verdict = max(failed, key=lambda v: (v.mean_kl if v.kl_limit else v.max_difference, v.argmax_flips))
+    if verdict.kl_limit is not None:
+        measure = f"mean KL {verdict.mean_kl:.2e}, limit {verdict.kl_limit:.0e}"
+    else:
+        measure = f"max |Δlogit| {verdict.max_difference:.2e}, limit {verdict.difference_limit:.2e}"
+    return f"{len(failed)} of {len(verdicts)} checks failed; worst: {verdict.case}: {measure}"
+
+
+def verify(
+    directory: str | Path, source: str | None = None, report: Callable[[Comparison], None] = lambda verdict: None
+) -> list[Comparison]:
+    """Repeat the comparison of an artifact with its eager model, and renew its verdict.
+
+    `source`: the checkpoint directory or preset, where it is no longer what verification.json names.
+    Raises `runtime.ArtifactError` for a damaged artifact, `ExportError` where there is no source to compare with.
+    """
+    directory = Path(directory)
+    engine = load(directory, allow_unverified=True)  # every file is as the manifest says
+    del engine
+    manifest = json.loads((directory / MANIFEST).read_text())
+    origin = {"source": source, "seed": 0}
+    if source is None:
+        record = directory / VERIFICATION
+        if not record.exists():
+            raise ExportError(f"{record}: missing, so the source is unknown; name the checkpoint with --source")
+        origin = json.loads(record.read_text())["source"]
+    model = load_model(origin["source"], origin["seed"])
+    graph = manifest["graph"]
+    reference = Reference(model, plan(graph["max_length"], graph["max_batch"], model.config.keep_window_size))
+    del model
+    kept = {key: value for key, value in manifest.items() if key not in ("files", "verified")}
+    return check_and_record(directory, kept, reference, origin, report)

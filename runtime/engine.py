@@ -1,0 +1,220 @@
+"""The decode loop over a loaded artifact: prefill, decode, generate.
+
+B batch (slots), S new tokens, C cache capacity, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .artifact import Artifact, read_artifact
+from .errors import ArtifactError, RequestError
+from .sampling import Sampler
+from .session import OnnxSession
+from .text import encode, load_tokenizer, pieces, until
+
+BACKENDS = ("auto", "onnx")
+
+
+def load(
+    directory: str | PathLike[str],
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    allow_unverified: bool = False,
+) -> "Engine":
+    """Load an artifact directory.
+
+    `backend`: "onnx", or "auto" for the best that the artifact and this machine have. `threads` to compute with
+    (default: the physical cores). Raises `ArtifactError` for a directory that is missing, damaged or not verified,
+    ValueError for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; expected at least 1")
+    artifact = read_artifact(Path(directory), allow_unverified)
+    return Engine(artifact, OnnxSession(artifact, threads))
+
+
+class Engine:
+    """A model that is ready to run, with a slot for each sequence of a batch.
+
+    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's.
+    """
+
+    def __init__(self, artifact: Artifact, session: OnnxSession):
+        self.artifact, self.graph, self.session = artifact, artifact.graph, session
+        self.tokenizer = load_tokenizer(artifact)
+        self.end_ids = _end_ids(artifact)
+        self._lengths = np.zeros(0, np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each slot, (B,), int64."""
+        return self._lengths.copy()
+
+    def reset(self) -> None:
+        """Empty every slot."""
+        self._lengths = np.zeros(0, np.int64)
+
+    def prefill(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> np.ndarray:
+        """Append tokens to the slots: ids (B, S), right-padded, of which lengths (B,) are real (default: all).
+
+        A slot of length 0 is idle and keeps its content; its logits mean nothing. Returns logits (B, V), float32, of
+        each slot's last real token, in a buffer that the next call may overwrite. Raises `RequestError` before
+        anything runs where an id is outside the vocabulary or a slot would pass the artifact's length.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (B, S), neither of them 0")
+        batch, width = ids.shape
+        new = np.full(batch, width) if lengths is None else np.asarray(lengths)
+        if new.shape != (batch,) or new.dtype.kind not in "iu" or new.min() < 0 or new.max() > width:
+            raise RequestError(f"lengths are {new.tolist()}; expected {batch} integers from 0 to {width}")
+        self._check(ids, new)
+        if not self._lengths.size:
+            self._open(batch, width)
+        logits = np.zeros((0, 0), np.float32)
+        result: np.ndarray | None = None
+        done = 0
+        while done < width:
+            size = self._fit(width - done, new - done)
+            real = (new - done).clip(0, size)
+            logits = self.session.step(ids[:, done : done + size], self._lengths, real)
+            self._lengths = self._lengths + real
+            if done == 0 and size == width:
+                return logits
+            result = logits.copy() if result is None else np.where((real > 0)[:, None], logits, result)
+            done += size
+        assert result is not None
+        return result
+
+    def decode(self, ids: npt.ArrayLike) -> np.ndarray:
+        """Append one token to every slot: ids (B,) to logits (B, V), float32, in a buffer the next call overwrites."""
+        ids = np.asarray(ids)
+        if ids.shape != self._lengths.shape or not ids.size:
+            raise RequestError(f"ids have shape {ids.shape}; expected {self._lengths.shape}, one a slot, after a prefill")
+        return self.prefill(ids[:, None])
+
+    def generate_ids(
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: float | None
+    ) -> list[int]:
+        """Ids to follow `ids`; see `stream_ids`."""
+        return list(self.stream_ids(ids, max_new_tokens, stop_ids=stop_ids, **sampling))
+
+    def stream_ids(
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: float | None
+    ) -> Iterator[int]:
+        """Ids to follow `ids`, one by one, in an engine that is reset for them.
+
+        It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
+        `sampling`: the fields of `runtime.sampling.Sampler`. Raises `RequestError`.
+        """
+        sampler = Sampler(**sampling)  # type: ignore[arg-type]
+        if max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
+        if not len(ids):
+            raise RequestError("the prompt is empty; expected at least one token")
+        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
+        return self._stream(list(ids), max_new_tokens, {*self.end_ids, *stop_ids}, sampler)
+
+    def _stream(self, seen: list[int], max_new_tokens: int, ends: set[int], sampler: Sampler) -> Iterator[int]:
+        room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
+        if room < 1:
+            return
+        self.reset()
+        self._open(1, min(len(seen) + room - 1, self.graph.max_length))
+        logits = self.prefill(np.array([seen]))
+        for left in range(room, 0, -1):
+            if not np.isfinite(logits[0, :: max(1, logits.shape[1] // 64)]).all():
+                raise RequestError(f"the logits after token {len(seen)} are not finite; the weights or dtype overflow")
+            token = int(sampler(logits, [seen])[0])
+            if token in ends:
+                return
+            seen.append(token)
+            yield token
+            if left > 1:
+                logits = self.decode([token])
+
+    def generate(
+        self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
+        **sampling: float | None,
+    ) -> str:  # fmt: skip
+        """Text to follow `prompt`; see `stream`."""
+        return "".join(self.stream(prompt, max_new_tokens, stop=stop, **sampling))
+
+    def stream(
+        self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
+        **sampling: float | None,
+    ) -> Iterator[str]:  # fmt: skip
+        """Text to follow `prompt`, in pieces of whole characters, up to the first `stop` string.
+
+        `sampling`: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`. Raises `RequestError`.
+        """
+        ids = encode(self.tokenizer, prompt, self.artifact)
+        assert self.tokenizer is not None  # or encode had raised
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        return until(pieces(self.tokenizer, self.stream_ids(ids, max_new_tokens, **sampling)), stops)
+
+    def _check(self, ids: np.ndarray, new: np.ndarray, fresh: bool = False) -> None:
+        """Raise `RequestError` unless ids (B, S), of which new (B,) are real, may be appended."""
+        batch = ids.shape[0]
+        if batch > self.graph.max_batch:
+            raise RequestError(f"the batch is {batch}; this artifact serves up to {self.graph.max_batch} slots")
+        held = np.zeros(batch, np.int64) if fresh or not self._lengths.size else self._lengths
+        if held.size != batch:
+            raise RequestError(f"the batch is {batch}, but {held.size} slots are in use; reset the engine first")
+        total = held + new
+        if total.max() > self.graph.max_length:
+            slot = int(total.argmax())
+            raise RequestError(
+                f"slot {slot} would hold {total[slot]} tokens; this artifact's capacity is {self.graph.max_length}"
+            )
+        wrong = (ids < 0) | (ids >= self.graph.vocabulary)
+        wrong &= np.arange(ids.shape[1]) < new[:, None]
+        if wrong.any():
+            slot, at = np.argwhere(wrong)[0]
+            raise RequestError(
+                f"token id {ids[slot, at]} at position {at} of slot {slot}; expected 0 to {self.graph.vocabulary - 1}"
+            )
+
+    def _open(self, batch: int, length: int) -> None:
+        """Make `batch` empty slots in the smallest bucket for `length` tokens, keeping the buffers that fit."""
+        capacity = self._bucket(length)
+        if (self.session.batch, self.session.capacity) != (batch, capacity):
+            self.session.allocate(batch, capacity)
+        self._lengths = np.zeros(batch, np.int64)
+
+    def _bucket(self, length: int) -> int:
+        return next((size for size in self.graph.capacities if size >= length), self.graph.max_length)
+
+    def _fit(self, width: int, remaining: np.ndarray) -> int:
+        """How many columns of `width` the next step takes, growing the caches where a larger bucket exists.
+
+        Padding is written too, so every slot that is not full needs room for the whole chunk. Where even the largest
+        bucket has none, the chunk is cut: the slots whose tokens are done sit the rest out.
+        """
+        held = self._lengths[self._lengths < self.graph.max_length]
+        longest = int(held.max(initial=0))
+        if longest + width > self.session.capacity:
+            capacity = self._bucket(longest + width)
+            if capacity > self.session.capacity:
+                self.session.grow(capacity)
+        return max(1, min(width, self.session.capacity - longest))
+
+
+def _end_ids(artifact: Artifact) -> frozenset[int]:
+    """End-of-sequence ids, from generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = artifact.read_json(name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise ArtifactError(f"{artifact.path / name}: eos_token_id is {value!r}; expected an integer or several")
+        return frozenset(ids)
+    return frozenset()

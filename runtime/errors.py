@@ -1,0 +1,9 @@
+"""What a caller can be told. Every message is one line: what, where, what was expected, what to do."""
+
+
+class ArtifactError(ValueError):
+    """The artifact directory is missing, damaged, unverified or made for another version."""
+
+
+class RequestError(ValueError):
+    """The artifact is sound, but it cannot do what was asked."""

@@ -1,0 +1,112 @@
+"""The ONNX Runtime backend: one graph, and caches that it writes in place.
+
+B batch, S new tokens, C cache capacity, V vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from .artifact import Artifact
+from .errors import ArtifactError
+
+INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
+ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+
+class OnnxSession:
+    """A loaded graph with static caches for B slots of C tokens.
+
+    Each cache is one buffer bound as the graph's input and as its output, so a step writes its new rows where they
+    belong and copies nothing. `threads` defaults to ONNX Runtime's choice, the physical cores.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None):
+        self.artifact, self.graph = artifact, artifact.graph
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                artifact.path / self.graph.file, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
+            first = str(error).splitlines()[0]
+            raise ArtifactError(f"{artifact.path / self.graph.file}: ONNX Runtime refuses it: {first}") from error
+        self.batch = self.capacity = 0
+        self.caches: list[np.ndarray] = []
+        self._bindings: dict[int, tuple[Any, list[np.ndarray], np.ndarray]] = {}
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Empty caches for `batch` slots of `capacity` tokens."""
+        self._hold([_zeros(state.sized(batch, capacity), state.dtype) for state in self.graph.states], batch, capacity)
+
+    def grow(self, capacity: int) -> None:
+        """Caches of a larger capacity with the same content: one copy."""
+        grown = []
+        for state, old in zip(self.graph.states, self.caches, strict=True):
+            new = old
+            if "capacity" in state.shape:
+                new = _zeros(state.sized(self.batch, capacity), state.dtype)
+                new[tuple(slice(size) for size in old.shape)] = old
+            grown.append(new)
+        self._hold(grown, self.batch, capacity)
+
+    def release(self) -> None:
+        """Let the caches go."""
+        self._hold([], 0, 0)
+
+    def step(self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
+        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+
+        Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
+        """
+        length = input_ids.shape[1]
+        if length not in self._bindings:
+            # decode's binding is kept beside that of the latest chunk
+            for other in [size for size in self._bindings if size != 1]:
+                del self._bindings[other]
+            self._bindings[length] = self._bind(length)
+        binding, inputs, logits = self._bindings[length]
+        for buffer, value in zip(inputs, (input_ids, cache_lengths, sequence_lengths), strict=True):
+            buffer[...] = value
+        self.session.run_with_iobinding(binding)
+        if self.graph.dtype == "bfloat16":
+            logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        if logits.shape[1] == 1:
+            last = logits[:, 0]
+        else:
+            last = logits[np.arange(self.batch), np.maximum(sequence_lengths - 1, 0)]
+        return last.astype(np.float32, copy=False)
+
+    def _bind(self, length: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
+        """Buffers for steps of S = `length` tokens, bound once: inputs (B, S), (B), (B), and the logits."""
+        binding = self.session.io_binding()
+        inputs = [np.zeros(shape, np.int64) for shape in ((self.batch, length), (self.batch,), (self.batch,))]
+        for name, buffer in zip(INPUTS, inputs, strict=True):
+            _bind(binding.bind_input, name, buffer, onnxruntime_int64)
+        rows = length if self.graph.logits == "all" else 1
+        logits = _zeros((self.batch, rows, self.graph.vocabulary), self.graph.dtype)
+        _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
+        for state, cache in zip(self.graph.states, self.caches, strict=True):
+            _bind(binding.bind_input, state.input, cache, ELEMENTS[state.dtype])
+            _bind(binding.bind_output, state.output, cache, ELEMENTS[state.dtype])
+        return binding, inputs, logits
+
+    def _hold(self, caches: list[np.ndarray], batch: int, capacity: int) -> None:
+        self.caches, self.batch, self.capacity = caches, batch, capacity
+        self._bindings = {}
+
+
+onnxruntime_int64 = 7  # onnx.TensorProto.INT64
+
+
+def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
+    bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.zeros(shape, STORAGE[dtype])

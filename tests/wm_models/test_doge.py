@@ -1,0 +1,194 @@
+"""The model against transformers' own Doge, with the same weights."""
+
+import pytest
+import torch
+from conftest import ours, rival
+
+from wm_models import DogeConfig, DogeForCausalLM
+
+VARIANTS = {
+    "dense": {},
+    "untied, biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "keep window": {"keep_window_size": 24},
+    "sliding window": {"sliding_window": 20},
+    "experts": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5},
+    "many experts a token": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 9, "norm_topk_prob": True},
+}
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    limit = 1e-5 * max(1.0, expected.abs().max().item())
+    assert (found - expected).abs().max().item() <= limit
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+def pair(request):
+    theirs = rival(**request.param)
+    return theirs, ours(theirs)
+
+
+@torch.no_grad()
+def test_prefill(pair, tokens):
+    theirs, mine = pair
+    assert_close(mine(tokens).logits, theirs(tokens).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(pair, tokens, side):
+    theirs, mine = pair
+    if theirs.config.is_moe and side == "left":
+        pytest.skip("batch routing lets padded tokens reach real ones, and what padding attends to is left open")
+    mask = torch.ones_like(tokens)
+    mask[1, :7], mask[2, :30] = 0, 0
+    if side == "right":
+        mask = mask.flip(1)
+    real = mask.bool()
+    expected = theirs(tokens, attention_mask=mask).logits[real]
+    assert_close(mine(tokens, attention_mask=mask).logits[real], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(pair, tokens, cache):
+    theirs, mine = pair
+    if theirs.config.sliding_window is not None and cache == "static":
+        cache = "dynamic"  # transformers' static sliding cache is chosen by the config in either case
+    options = {"max_new_tokens": 64, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    prompt = tokens[:1, :30]
+    expected = theirs.generate(prompt, **options)
+    found = mine.generate(prompt, cache_implementation=cache, **options)
+    if mine.config.keep_window_size < 94:  # greedy text repeats tokens, whose biases tie: hold the steps to one pass
+        expected_logits = mine(found.sequences).logits[:, 29:-1].transpose(0, 1)
+    else:
+        assert torch.equal(found.sequences, expected.sequences)
+        expected_logits = torch.stack(expected.logits)
+    if not mine.config.is_moe or mine.config.keep_window_size >= 94:
+        assert_close(torch.stack(found.logits), expected_logits)
+
+
+@torch.no_grad()
+def test_cached_steps(pair, tokens):
+    """64 decode steps over transformers' cache, one token at a time."""
+    theirs, mine = pair
+    row = tokens[:1]
+    start, expected_cache, found_cache = 36, None, None
+    for at in (slice(0, start), *(slice(i, i + 1) for i in range(start, 100))):
+        expected = theirs(row[:, at], past_key_values=expected_cache, use_cache=True)
+        found = mine(row[:, at], past_key_values=found_cache, use_cache=True)
+        expected_cache, found_cache = expected.past_key_values, found.past_key_values
+        assert_close(found.logits[:, -1], expected.logits[:, -1])
+
+
+@torch.no_grad()
+def test_batched_generate_with_left_padding(pair, tokens):
+    theirs, mine = pair
+    if theirs.config.is_moe or theirs.config.keep_window_size < 60:
+        pytest.skip("batch routing mixes rows, and repeated tokens tie at the window's edge")
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[0, :5], mask[1, :11] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(tokens[:, :20], **options)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(mine.generate(tokens[:, :20], cache_implementation=cache, **options), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["dense", "untied, biased", "keep window", "sliding window", "experts"])
+def test_step(variant, tokens):
+    """The static step, ragged and with idle slots, against one uncached pass."""
+    model = ours(rival(**VARIANTS[variant]), expert_routing="token")
+    full = model(tokens).logits
+    caches, held = model.new_caches(3, 100), torch.zeros(3, dtype=torch.long)
+    for new in ([40, 9, 0], [1, 1, 1], [1, 0, 1], [3, 7, 20], *[[1, 1, 1]] * 10, [0, 5, 1]):
+        new = torch.tensor(new)
+        ids = torch.zeros(3, int(new.max()), dtype=torch.long)
+        for slot in range(3):
+            ids[slot, : new[slot]] = tokens[slot, held[slot] : held[slot] + new[slot]]
+        logits, caches = model.step(ids, held, new, caches)
+        every, _ = model.step(ids, held, new, [type(c)(*(t.clone() for t in c)) for c in caches], all_logits=True)
+        for slot in torch.nonzero(new).flatten():
+            expected = full[slot, held[slot] : held[slot] + new[slot]]
+            assert_close(logits[slot, 0], expected[-1])
+            assert_close(every[slot, : new[slot]], expected)
+        held = held + new
+
+
+@torch.no_grad()
+def test_token_routing_is_causal_and_equals_transformers_token_by_token(tokens):
+    theirs = rival(is_moe=True, num_experts=64, num_experts_per_tok=5)
+    mine, cache = ours(theirs, expert_routing="token"), None
+    whole = mine(tokens[:1, :40]).logits
+    assert_close(mine(tokens[:1, :20]).logits, whole[:, :20])
+    for at in range(40):
+        step = theirs(tokens[:1, at : at + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        assert_close(whole[:, at], step.logits[:, -1])
+
+
+@pytest.mark.parametrize("mask", [None, "padded"])
+def test_training_loss_and_gradients(pair, tokens, mask):
+    theirs, mine = pair
+    if theirs.config.norm_topk_prob:
+        pytest.skip("transformers' norm_topk_prob writes in place what its own backward pass needs")
+    attention_mask = None
+    if mask:
+        attention_mask = torch.ones_like(tokens)
+        attention_mask[1, -13:] = 0
+    labels = tokens if attention_mask is None else tokens.masked_fill(attention_mask == 0, -100)
+    losses, gradients = [], []
+    for model in pair:
+        model.zero_grad()
+        extra = {"output_router_logits": True} if model.config.is_moe else {}
+        output = model(tokens, attention_mask=attention_mask, labels=labels, **extra)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        scale = max(1e-3, expected.abs().max().item())
+        assert (gradients[1][name] - expected).abs().max().item() <= 1e-4 * scale, name
+
+
+def test_fully_padded_rows_stay_finite(tokens):
+    model = ours(rival())
+    mask = torch.ones_like(tokens)
+    mask[0, :60] = 0
+    assert torch.isfinite(model(tokens, attention_mask=mask).logits).all()
+    loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size is 64"),
+        ({"hidden_size": 60, "num_attention_heads": 4}, "head size"),
+        ({"keep_window_size": 0}, "keep_window_size is 0"),
+        ({"is_moe": True, "num_experts": 15}, "num_experts is 15"),
+        ({"is_moe": True, "num_experts": 16, "num_experts_per_tok": 17}, "num_experts_per_tok is 17"),
+        ({"expert_routing": "row"}, "expert_routing is 'row'"),
+    ],
+)
+def test_config_errors(change, names):
+    with pytest.raises(ValueError, match=names):
+        DogeConfig(**{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, **change})
+
+
+def test_routing_survives_saving(tmp_path):
+    for routing in ("token", "batch"):
+        DogeConfig(expert_routing=routing).save_pretrained(tmp_path)
+        assert DogeConfig.from_pretrained(tmp_path).expert_routing == routing
+
+
+def test_rotary_frequencies_stay_float32():
+    model = DogeForCausalLM(DogeConfig(**{**VARIANTS["dense"], "hidden_size": 64, "num_attention_heads": 4,
+                                          "num_hidden_layers": 1, "vocab_size": 32, "intermediate_size": 32}))  # fmt: skip
+    before = model.model.rotary_emb.frequencies.clone()
+    after = model.to(torch.bfloat16).model.rotary_emb.frequencies
+    assert after.dtype == torch.float32
+    assert torch.equal(before, after)
