@@ -1,0 +1,127 @@
+"""Checkpoints to and from transformers, and what a person is told of one that does not fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import rival
+from safetensors.torch import load_file, save_file
+
+from wm_models import CheckpointError, DogeForCausalLM, DogeModel
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    rival().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"is_moe": True, "num_experts": 16,
+                                                                         "num_experts_per_tok": 3}])  # fmt: skip
+@pytest.mark.parametrize("shard", ["5GB", "50KB"])
+def test_round_trip_with_transformers(change, shard, tmp_path, tokens):
+    theirs = rival(**change)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    mine = DogeForCausalLM.from_pretrained(tmp_path / "theirs")
+    mine.save_pretrained(tmp_path / "mine", max_shard_size=shard)
+    again = transformers.DogeForCausalLM.from_pretrained(tmp_path / "mine")
+    assert mine.config.expert_routing == "batch"
+    assert set(again.state_dict()) == set(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    torch.testing.assert_close(mine(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-4)
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+@torch.no_grad()
+def test_bare_model_from_a_whole_checkpoint(saved, tokens):
+    whole, bare = DogeForCausalLM.from_pretrained(saved), DogeModel.from_pretrained(saved)
+    assert torch.equal(bare(tokens).last_hidden_state, whole.model(tokens).last_hidden_state)
+
+
+def change_tensors(directory, change):
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def fails(directory, *words):
+    with pytest.raises(CheckpointError) as caught:
+        DogeForCausalLM.from_pretrained(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(directory), *words):
+        assert word in message
+
+
+def test_no_such_directory(tmp_path):
+    fails(tmp_path / "none", "no such directory")
+
+
+def test_empty_directory(tmp_path):
+    fails(tmp_path, "config.json", "no such file")
+
+
+def test_another_model(copy):
+    (copy / "config.json").write_text('{"model_type": "llama"}')
+    fails(copy, "config.json", "'llama'", "not a Doge checkpoint")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_broken_config(copy, text):
+    (copy / "config.json").write_text(text)
+    fails(copy, "config.json")
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_key_value_heads", 3), ("hidden_size", "wide")])
+def test_config_of_wrong_values(copy, field, value):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, field: value}))
+    fails(copy, "config.json")
+
+
+def test_all_wrong_tensors_are_named(copy):
+    def change(state):
+        del state["model.norm.weight"], state["model.layers.1.self_attn.A"]
+        state["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(95, 64)
+        state["extra.weight"], state["other.bias"] = torch.zeros(1), torch.zeros(2)
+
+    change_tensors(copy, change)
+    fails(
+        copy,
+        "missing 2: model.layers.1.self_attn.A, model.norm.weight",
+        "unexpected 2: extra.weight, other.bias",
+        "model.layers.0.mlp.gate_proj.weight is [95, 64], expected [96, 64]",
+    )
+
+
+def test_truncated_file(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    fails(copy, "model.safetensors", "truncated")
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    fails(copy, "model.safetensors", "pytorch_model.bin")
+
+
+def test_missing_shard(tmp_path):
+    rival().save_pretrained(tmp_path, max_shard_size="50KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    fails(tmp_path, shard.name)
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr("wm_models.checkpoint.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+    fails("someone/doge", "no such directory", "hub")

@@ -1,0 +1,79 @@
+"""Presets and the shipped tokenizer."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wm_models import PRESETS, DogeForCausalLM, create, preset, shipped_tokenizer
+from wm_models.tokenizer import train_tokenizer
+
+EMBEDDING = 32768
+# hidden, intermediate, layers, key/value width, key/value heads, experts: from the table of the models' description
+TABLE = {
+    "doge-20m": (256, 512, 8, 128, 1, 0),
+    "doge-60m": (512, 1024, 16, 256, 2, 0),
+    "doge-160m": (768, 1536, 24, 384, 3, 0),
+    "doge-320m": (1024, 2048, 32, 512, 4, 0),
+    "doge-20m-moe": (256, 512, 8, 128, 1, 1024),
+    "doge-120m-moe": (512, 1024, 16, 256, 2, 4096),
+    "doge-480m-moe": (768, 1536, 24, 384, 3, 9216),
+    "doge-1.4b-moe": (1024, 2048, 32, 512, 4, 16384),
+}
+
+
+def test_names():
+    assert set(PRESETS) == set(TABLE)
+    with pytest.raises(ValueError, match="doge-20m"):
+        preset("doge-21m")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters(name):
+    d, i, layers, kv, k, e = TABLE[name]
+    with torch.device("meta"):
+        model = DogeForCausalLM(preset(name))
+    attention = 2 * d * d + 2 * d * kv + kv * k + k + 2 * 128
+    experts = 2 * e * d + 2 * round(e**0.5) * d
+    assert sum(p.numel() for p in model.parameters()) == EMBEDDING * d + d + layers * (
+        attention + 3 * d * i + experts + 4 * d
+    )
+
+
+def test_seeds():
+    before = torch.get_rng_state()
+    first, again, other = create("doge-20m", 1), create("doge-20m", 1), create("doge-20m", 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_tokenizer():
+    tokenizer = shipped_tokenizer()
+    assert len(tokenizer) == 32768
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [0, 1, 2]
+    assert len(tokenizer("import numpy as np\n\ndef main():\n    return None\n").input_ids) < 20
+
+
+TOKENIZER = shipped_tokenizer()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_tokenizer_round_trip(text):
+    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids) == text
+
+
+def test_training(tmp_path):
+    (tmp_path / "a.py").write_text("def first(value): return value\n" * 50)
+    assert len(train_tokenizer([tmp_path / "a.py"], 270)) == 270
+    with pytest.raises(ValueError, match="train on more"):
+        train_tokenizer([tmp_path / "a.py"], 5000)
+    command = [sys.executable, "-m", "wm_models.tokenizer", "--out", str(tmp_path / "t")]
+    result = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "none" in result.stderr

@@ -1,0 +1,52 @@
+"""The sizes that the papers and the small-doge models use, by name."""
+
+from typing import Any
+
+import torch
+
+from .configuration import DogeConfig
+from .doge import DogeForCausalLM
+
+# name: hidden size, intermediate size, layers, query heads, key/value heads, experts, experts a token.
+# The gate router has one head, so experts a token are the product-key router's heads times experts a head.
+_SIZES = {
+    "doge-20m": (256, 512, 8, 2, 1, 0, 0),
+    "doge-60m": (512, 1024, 16, 4, 2, 0, 0),
+    "doge-160m": (768, 1536, 24, 6, 3, 0, 0),
+    "doge-320m": (1024, 2048, 32, 8, 4, 0, 0),
+    "doge-20m-moe": (256, 512, 8, 2, 1, 1024, 1 * 2),
+    "doge-120m-moe": (512, 1024, 16, 4, 2, 4096, 2 * 4),
+    "doge-480m-moe": (768, 1536, 24, 6, 3, 9216, 3 * 6),
+    "doge-1.4b-moe": (1024, 2048, 32, 8, 4, 16384, 4 * 8),
+}
+
+PRESETS = tuple(_SIZES)
+
+
+def preset(name: str) -> DogeConfig:
+    """The preset's configuration. Raises ValueError for a name not in `PRESETS`."""
+    if name not in _SIZES:
+        raise ValueError(f"{name!r} is no preset; expected one of {', '.join(PRESETS)}")
+    hidden, inner, layers, heads, narrow, experts, per_token = _SIZES[name]
+    fields: dict[str, Any] = {"is_moe": True, "num_experts": experts, "num_experts_per_tok": per_token}
+    return DogeConfig(
+        vocab_size=32768,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=narrow,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **(fields if experts else {}),
+    )
+
+
+def create(name: str, seed: int = 0) -> DogeForCausalLM:
+    """The preset's model with random weights from `seed`, in evaluation mode; torch's own generator is left alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DogeForCausalLM(preset(name)).eval()
