@@ -19,10 +19,11 @@ import onnx_ir as ir
 from wm_models import DogeForCausalLM
 
 from .errors import ExportError
-from .graph import state_names
+from .graph import state_names, widen
 
 SCHEMA = 1
-GRAPH, WEIGHTS, MANIFEST, VERIFICATION = "model.onnx", "model.onnx.data", "manifest.json", "verification.json"
+GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
+MANIFEST, VERIFICATION = "manifest.json", "verification.json"
 SMALLEST_CAPACITY = 256
 
 
@@ -64,9 +65,11 @@ def capacities(max_length: int) -> list[int]:
     return [*(size for size in sizes if size < max_length), max_length]
 
 
-def save_graph(graph: ir.Model, directory: Path) -> None:
+def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
     """Write the graph and, beside it in one file, its weights, each once."""
     ir.save(graph, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
+    if dtype == "bfloat16":  # ONNX Runtime's CPU kernels know no bfloat16: a second graph over the same weights
+        ir.save(widen(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
 
 
 def describe(
@@ -91,6 +94,7 @@ def describe(
         "model": {"type": config["model_type"], "config": config, "parameters": parameters},
         "graph": {
             "file": GRAPH,
+            "cpu_file": CPU_GRAPH if dtype == "bfloat16" else GRAPH,
             "opset": graph.opset_imports[""],
             "dtype": dtype,
             "logits": logits,

@@ -62,13 +62,13 @@ def export_onnx(
         reference = Reference(model, plan(max_length, max_batch, model.config.keep_window_size))
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
+        name = str(torch_dtype).removeprefix("torch.")
         config, layers, parameters = model.config.to_dict(), model.config.num_hidden_layers, parameter_count(model)
         graph = lower(model.to(torch_dtype), max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
         stage("writing")
-        save_graph(graph, directory)
+        save_graph(graph, directory, name)
         manifest = describe(
-            graph, config, parameters, layers, dtype=str(torch_dtype).removeprefix("torch."), logits=logits,
-            max_batch=max_batch, max_length=max_length,
+            graph, config, parameters, layers, dtype=name, logits=logits, max_batch=max_batch, max_length=max_length
         )  # fmt: skip
         del model, graph  # one copy of the weights at a time
         stage("verifying")

@@ -31,7 +31,10 @@ class State:
 
 @dataclass(frozen=True)
 class Graph:
+    """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph without kernels a CPU lacks."""
+
     file: str
+    cpu_file: str
     dtype: str
     logits: str
     vocabulary: int
@@ -87,8 +90,9 @@ def read_artifact(directory: Path, allow_unverified: bool = False) -> Artifact:
         files,
         manifest.get("verified", bool),
     )
-    if artifact.graph.file not in files:
-        raise ArtifactError(f"{manifest_path}: its graph {artifact.graph.file!r} is not among its files")
+    for graph in (artifact.graph.file, artifact.graph.cpu_file):
+        if graph not in files:
+            raise ArtifactError(f"{manifest_path}: its graph {graph!r} is not among its files")
     for name, file in files.items():
         _check_file(directory, name, file)
     if not (artifact.verified or allow_unverified):
@@ -146,6 +150,7 @@ def _graph(fields: _Fields) -> Graph:
         )
     return Graph(
         fields.get("file", str),
+        fields.get("cpu_file", str),
         fields.one_of("dtype", DTYPES),
         fields.one_of("logits", ("last", "all")),
         fields.positive("vocabulary"),

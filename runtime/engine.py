@@ -185,7 +185,9 @@ class Engine:
     def _open(self, batch: int, length: int) -> None:
         """Make `batch` empty slots in the smallest bucket for `length` tokens, keeping the buffers that fit."""
         capacity = self._bucket(length)
-        if (self.session.batch, self.session.capacity) != (batch, capacity):
+        if (self.session.batch, self.session.capacity) == (batch, capacity):
+            self.session.clear()
+        else:
             self.session.allocate(batch, capacity)
         self._lengths = np.zeros(batch, np.int64)
 

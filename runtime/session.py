@@ -13,6 +13,7 @@ from .errors import ArtifactError
 
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
+INT64 = 7
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -29,13 +30,12 @@ class OnnxSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        path = artifact.path / self.graph.cpu_file
         try:
-            self.session: Any = onnxruntime.InferenceSession(
-                artifact.path / self.graph.file, options, providers=["CPUExecutionProvider"]
-            )
+            self.session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             first = str(error).splitlines()[0]
-            raise ArtifactError(f"{artifact.path / self.graph.file}: ONNX Runtime refuses it: {first}") from error
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first}") from error
         self.batch = self.capacity = 0
         self.caches: list[np.ndarray] = []
         self._bindings: dict[int, tuple[Any, list[np.ndarray], np.ndarray]] = {}
@@ -55,9 +55,10 @@ class OnnxSession:
             grown.append(new)
         self._hold(grown, self.batch, capacity)
 
-    def release(self) -> None:
-        """Let the caches go."""
-        self._hold([], 0, 0)
+    def clear(self) -> None:
+        """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
+        for cache in self.caches:
+            cache.fill(0)
 
     def step(self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
         """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
@@ -87,7 +88,7 @@ class OnnxSession:
         binding = self.session.io_binding()
         inputs = [np.zeros(shape, np.int64) for shape in ((self.batch, length), (self.batch,), (self.batch,))]
         for name, buffer in zip(INPUTS, inputs, strict=True):
-            _bind(binding.bind_input, name, buffer, onnxruntime_int64)
+            _bind(binding.bind_input, name, buffer, INT64)
         rows = length if self.graph.logits == "all" else 1
         logits = _zeros((self.batch, rows, self.graph.vocabulary), self.graph.dtype)
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
@@ -99,9 +100,6 @@ class OnnxSession:
     def _hold(self, caches: list[np.ndarray], batch: int, capacity: int) -> None:
         self.caches, self.batch, self.capacity = caches, batch, capacity
         self._bindings = {}
-
-
-onnxruntime_int64 = 7  # onnx.TensorProto.INT64
 
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:

@@ -5,7 +5,6 @@ B batch, S new tokens, D hidden size, d head size, E experts, n = sqrt(E), k exp
 
 from collections.abc import Callable
 
-import einx
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -89,8 +88,9 @@ class CDMoE(GatedMLP):
         """Returns the layer's output (B, S, D) and its router scores (B, S, 2, n)."""
         scores = self.scores(x)
         experts, weights = self.route(scores)
-        strength = self.act_fn(einx.dot("b s d, b s k d -> b s k", x, self.down_embed(experts))) * weights
-        return super().forward(x) + einx.dot("b s k, b s k d -> b s d", strength, self.up_embed(experts)), scores
+        strength = self.act_fn((self.down_embed(experts) @ x[..., None])[..., 0]) * weights
+        routed = (strength[..., None, :] @ self.up_embed(experts))[..., 0, :]
+        return super().forward(x) + routed, scores
 
 
 class RotaryEmbedding(nn.Module):

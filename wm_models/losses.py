@@ -5,6 +5,7 @@ B batch, S tokens, E experts, n = sqrt(E), k experts a token, N = layers · B ·
 
 from collections.abc import Sequence
 
+import einx
 import torch
 
 
@@ -28,7 +29,7 @@ def load_balancing_loss(
     probability = (first * weight[:, None]).T @ second / weight.sum()  # (n, n)
 
     best, index = scores.topk(min(top_k, keys), dim=-1)
-    sums = (best[:, 0, :, None] + best[:, 1, None, :]).flatten(1)
+    sums = einx.add("t i, t j -> t (i j)", best[:, 0], best[:, 1])
     pairs = sums.topk(top_k, dim=-1).indices
     width = best.shape[-1]
     experts = index[:, 0].gather(-1, pairs // width) * keys + index[:, 1].gather(-1, pairs % width)
