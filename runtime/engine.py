@@ -61,6 +61,18 @@ class Engine:
         """Empty every slot."""
         self._lengths = np.zeros(0, np.int64)
 
+    def reserve(self, batch: int, length: int) -> None:
+        """Make `batch` empty slots in the smallest bucket for `length` tokens, so that they need not grow on the way.
+
+        Optional: `prefill` makes slots for what it is given, and a step grows them.
+        """
+        capacity = self._bucket(length)
+        if (self.session.batch, self.session.capacity) == (batch, capacity):
+            self.session.clear()
+        else:
+            self.session.allocate(batch, capacity)
+        self._lengths = np.zeros(batch, np.int64)
+
     def prefill(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> np.ndarray:
         """Append tokens to the slots: ids (B, S), right-padded, of which lengths (B,) are real (default: all).
 
@@ -77,7 +89,7 @@ class Engine:
             raise RequestError(f"lengths are {new.tolist()}; expected {batch} integers from 0 to {width}")
         self._check(ids, new)
         if not self._lengths.size:
-            self._open(batch, width)
+            self.reserve(batch, width)
         logits = np.zeros((0, 0), np.float32)
         result: np.ndarray | None = None
         done = 0
@@ -127,7 +139,7 @@ class Engine:
         if room < 1:
             return
         self.reset()
-        self._open(1, min(len(seen) + room - 1, self.graph.max_length))
+        self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
         logits = self.prefill(np.array([seen]))
         for left in range(room, 0, -1):
             if not np.isfinite(logits[0, :: max(1, logits.shape[1] // 64)]).all():
@@ -181,15 +193,6 @@ class Engine:
             raise RequestError(
                 f"token id {ids[slot, at]} at position {at} of slot {slot}; expected 0 to {self.graph.vocabulary - 1}"
             )
-
-    def _open(self, batch: int, length: int) -> None:
-        """Make `batch` empty slots in the smallest bucket for `length` tokens, keeping the buffers that fit."""
-        capacity = self._bucket(length)
-        if (self.session.batch, self.session.capacity) == (batch, capacity):
-            self.session.clear()
-        else:
-            self.session.allocate(batch, capacity)
-        self._lengths = np.zeros(batch, np.int64)
 
     def _bucket(self, length: int) -> int:
         return next((size for size in self.graph.capacities if size >= length), self.graph.max_length)

@@ -1,0 +1,195 @@
+"""Measure an artifact: prefill, decode, memory; beside the floor of its linear layers and beside rivals.
+
+D hidden size, V vocabulary.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from rich.console import Console
+from rich.table import Table
+
+from .artifact import Artifact
+from .engine import Engine, load
+from .errors import RequestError
+
+RIVALS = ("transformers",)
+Result = dict[str, Any]
+
+
+def measure(
+    directory: Path, against: list[str], prompt_length: int, new_tokens: int, rounds: int, threads: int | None
+) -> Result:
+    """Medians over `rounds` of batch 1: tokens/s, seconds, bytes, and the ratios between them.
+
+    The floor alternates with the engine, round by round, so a machine that slows down slows both. A rival runs in a
+    process of its own, at once afterwards. Raises `RequestError` for lengths that the artifact cannot hold.
+    """
+    for name in against:
+        if name not in RIVALS:
+            raise RequestError(f"--against is {name!r}; expected one of {', '.join(RIVALS)}")
+    started = time.perf_counter()
+    engine = load(directory, threads=threads)
+    load_seconds = time.perf_counter() - started
+    if min(prompt_length, new_tokens - 1, rounds) < 1 or prompt_length + new_tokens > engine.graph.max_length:
+        raise RequestError(
+            f"a prompt of {prompt_length} and {new_tokens} new tokens, {rounds} rounds; expected at least 1, 2 and 1, "
+            f"and together no more tokens than the capacity, {engine.graph.max_length}"
+        )
+    prompt = np.random.default_rng(0).integers(0, engine.graph.vocabulary, prompt_length)
+    floor = linear_floor(engine.artifact, threads)
+    _generate(engine, prompt, new_tokens), floor()
+    prefills, steps, floors = [], [], []
+    for _ in range(rounds):
+        prefill, decode = _generate(engine, prompt, new_tokens)
+        prefills.append(prefill)
+        steps.append(decode)
+        floors.append(floor())
+    wholes = [prefill + step * (new_tokens - 1) for prefill, step in zip(prefills, steps, strict=True)]
+    result: Result = {
+        "artifact": str(directory),
+        "dtype": engine.graph.dtype,
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "threads": threads,
+        "load_seconds": load_seconds,
+        "prefill_tokens_per_second": prompt_length / median(prefills),
+        "decode_tokens_per_second": 1 / median(steps),
+        "generate_tokens_per_second": new_tokens / median(wholes),
+        "floor_steps_per_second": 1 / median(floors),
+        "share_of_floor": median(floor / step for floor, step in zip(floors, steps, strict=True)),
+        "weights_bytes": sum(file.size for name, file in engine.artifact.files.items() if name.endswith(".data")),
+    }
+    del engine, floor
+    result["peak_bytes"] = _peak_bytes(directory, prompt_length, threads)
+    result["peak_over_weights"] = result["peak_bytes"] / result["weights_bytes"]
+    result["rivals"] = {}
+    for name in against:
+        rate = _rival(name, directory, prompt_length, new_tokens, rounds, threads)
+        ratio = result["generate_tokens_per_second"] / rate
+        result["rivals"][name] = {"generate_tokens_per_second": rate, "times_as_fast": ratio}
+    return result
+
+
+def render(result: Result, as_json: bool) -> None:
+    """Print what `measure` returned."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(
+        "measure", "value", title=f"{result['artifact']}: {result['dtype']}, batch 1, prompt {result['prompt_length']}, "
+        f"{result['new_tokens']} new tokens, median of {result['rounds']}", title_justify="left",
+    )  # fmt: skip
+    table.add_row("load", f"{result['load_seconds']:.2f} s")
+    table.add_row("prefill", f"{result['prefill_tokens_per_second']:.0f} tokens/s")
+    table.add_row("decode", f"{result['decode_tokens_per_second']:.1f} tokens/s")
+    table.add_row("generate, whole", f"{result['generate_tokens_per_second']:.1f} tokens/s")
+    table.add_row("floor: linear layers alone", f"{result['floor_steps_per_second']:.1f} steps/s")
+    table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
+    table.add_row("weights", f"{result['weights_bytes'] / 1e6:.0f} MB")
+    table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
+    table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
+    for name, rival in result["rivals"].items():
+        table.add_row(f"{name}, whole generate", f"{rival['generate_tokens_per_second']:.1f} tokens/s")
+        table.add_row(f"times as fast as {name}", f"{rival['times_as_fast']:.2f}")
+    Console().print(table)
+
+
+def linear_floor(artifact: Artifact, threads: int | None, steps: int = 48) -> Callable[[], float]:
+    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step, float32.
+
+    No graph of this model can beat that with these kernels; attention, norms and caches come on top.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    config = artifact.read_json("config.json")
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
+    draw, nodes, weights = np.random.default_rng(0), [], []
+
+    def linear(x: str, rows: int, columns: int) -> str:
+        name = f"w{len(weights)}"
+        weights.append(numpy_helper.from_array(draw.standard_normal((rows, columns), np.float32) * 0.03, name))
+        nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
+        return f"{name}.out"
+
+    def join(kind: str, inputs: list[str], **attributes: int) -> str:
+        nodes.append(helper.make_node(kind, inputs, [f"n{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    x = "x"
+    for _ in range(config["num_hidden_layers"]):
+        query, key, value = linear(x, hidden, hidden), linear(x, hidden, narrow), linear(x, hidden, narrow)
+        pair = join("Concat", [key, value], axis=-1)
+        attended = join("Add", [query, pair]) if 2 * narrow == hidden else query
+        attended = linear(attended, hidden, hidden)
+        x = linear(join("Add", [linear(attended, hidden, inner), linear(attended, hidden, inner)]), inner, hidden)
+    y = linear(x, hidden, vocabulary)
+    graph = helper.make_graph(
+        nodes, "floor",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, hidden])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 1, vocabulary])],
+        weights,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {"x": np.ones((1, 1, hidden), np.float32)}
+
+    def run() -> float:
+        session.run(None, feed)
+        started = time.perf_counter()
+        for _ in range(steps):
+            session.run(None, feed)
+        return (time.perf_counter() - started) / steps
+
+    return run
+
+
+def _generate(engine: Engine, prompt: np.ndarray, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and seconds for each one after it; greedy, with no end-of-sequence."""
+    engine.reset()
+    started = time.perf_counter()
+    engine.reserve(1, len(prompt) + new_tokens)
+    token = int(engine.prefill(prompt[None])[0].argmax())
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = int(engine.decode([token])[0].argmax())
+    return first - started, (time.perf_counter() - first) / (new_tokens - 1)
+
+
+def _peak_bytes(directory: Path, prompt_length: int, threads: int | None) -> int:
+    """The largest resident size of a fresh process that loads the artifact and decodes."""
+    # VmHWM, because a new process's ru_maxrss begins at its parent's size.
+    code = (
+        "import re, sys\nfrom runtime import load\n"
+        f"engine = load(sys.argv[1], threads={threads!r})\n"
+        f"engine.prefill([[0] * {prompt_length}])\nengine.decode([0])\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024
+
+
+def _rival(
+    name: str, directory: Path, prompt_length: int, new_tokens: int, rounds: int, threads: int | None
+) -> float:
+    """Tokens/s of a rival's whole generation. It needs packages that this one does without, hence the process."""
+    numbers = [str(number) for number in (prompt_length, new_tokens, rounds, threads or 0)]
+    command = [sys.executable, "-m", "export.rival", name, str(directory), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RequestError(f"--against {name}: it failed: {lines[-1]}")
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_second"])
