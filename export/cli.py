@@ -14,7 +14,9 @@ from .inspection import inspect_artifact
 from .onnx import export_onnx
 from .verify import Comparison, verify, worst
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Export models and check them.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Export models and check them."
+)
 console = Console(highlight=False)
 
 
@@ -27,7 +29,9 @@ def onnx(
     max_batch: Annotated[int, typer.Option(help="Most slots a step serves.")] = 8,
     logits: Annotated[str, typer.Option(help="Logits of the last real token, or of all.")] = "last",
     seed: Annotated[int, typer.Option(help="Of a preset's random weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")
+    ] = False,
 ) -> None:
     """Write an ONNX artifact and verify it against the eager model."""
     with console.status("") as status:

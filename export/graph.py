@@ -1,6 +1,6 @@
 """What exactly is lowered, and to what: a model's `step` as one ONNX graph of opset 24.
 
-    cache write                TensorScatter        one a cache, in place where the runtime binds one buffer to both ends
+    cache write                TensorScatter        one a cache, in place where one buffer is bound to both ends
     attention, mask added      Attention            grouped heads, one a layer
     rotary positions           RotaryEmbedding      cosines and sines computed once a step
     norms                      RMSNormalization
@@ -10,6 +10,7 @@
 B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/value heads, d head size, V vocabulary.
 """
 
+import logging
 import warnings
 from typing import Any
 
@@ -150,8 +151,10 @@ def lower(model: DogeForCausalLM, *, max_batch: int, max_length: int, all_logits
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
     shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple({0: batch, 2: capacity} for _ in names))
+    # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter speaks of names of dimensions that it unifies
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
             (*sample, *(state for cache in caches for state in cache)),

@@ -54,7 +54,7 @@ def export_onnx(
     if model.config.is_moe and model.config.expert_routing == "batch":
         raise ExportError(
             f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
-            "no step graph; set \"expert_routing\": \"token\" in config.json if the weights were trained for it"
+            'no step graph; set "expert_routing": "token" in config.json if the weights were trained for it'
         )
     with replacing(out, force) as directory:
         copy_texts(model, source, directory)
@@ -64,7 +64,8 @@ def export_onnx(
         torch_dtype = DTYPES[dtype]
         name = str(torch_dtype).removeprefix("torch.")
         config, layers, parameters = model.config.to_dict(), model.config.num_hidden_layers, parameter_count(model)
-        graph = lower(model.to(torch_dtype), max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
+        model.to(dtype=torch_dtype)  # type: ignore[call-arg]
+        graph = lower(model, max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
         stage("writing")
         save_graph(graph, directory, name)
         manifest = describe(
@@ -78,7 +79,7 @@ def export_onnx(
 
 def checked_length(model: DogeForCausalLM, max_length: int | None) -> int:
     """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
-    rope = model.config.rope_parameters or {}
+    rope = model.config.rope
     limit = model.config.max_position_embeddings
     if rope["rope_type"] == "dynamic":
         limit = int(limit * rope["factor"])

@@ -22,7 +22,9 @@ def transformers_rate(directory: Path, prompt_length: int, new_tokens: int, roun
     times = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        out = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        out: torch.Tensor = model.generate(  # type: ignore[attr-defined]
+            prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )
         times.append(time.perf_counter() - started)
         assert out.shape[1] == prompt_length + new_tokens
     return new_tokens / median(times[1:])  # the first one warms up

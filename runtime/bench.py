@@ -85,10 +85,11 @@ def render(result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = Table(
-        "measure", "value", title=f"{result['artifact']}: {result['dtype']}, batch 1, prompt {result['prompt_length']}, "
-        f"{result['new_tokens']} new tokens, median of {result['rounds']}", title_justify="left",
-    )  # fmt: skip
+    title = (
+        f"{result['artifact']}: {result['dtype']}, batch 1, prompt {result['prompt_length']}, "
+        f"{result['new_tokens']} new tokens, median of {result['rounds']}"
+    )
+    table = Table("measure", "value", title=title, title_justify="left")
     table.add_row("load", f"{result['load_seconds']:.2f} s")
     table.add_row("prefill", f"{result['prefill_tokens_per_second']:.0f} tokens/s")
     table.add_row("decode", f"{result['decode_tokens_per_second']:.1f} tokens/s")
@@ -122,7 +123,7 @@ def linear_floor(artifact: Artifact, threads: int | None, steps: int = 48) -> Ca
         nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
         return f"{name}.out"
 
-    def join(kind: str, inputs: list[str], **attributes: int) -> str:
+    def join(kind: str, inputs: list[str], **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [f"n{len(nodes)}"], **attributes))
         return nodes[-1].output[0]
 
@@ -182,9 +183,7 @@ def _peak_bytes(directory: Path, prompt_length: int, threads: int | None) -> int
     return int(done.stdout) * 1024
 
 
-def _rival(
-    name: str, directory: Path, prompt_length: int, new_tokens: int, rounds: int, threads: int | None
-) -> float:
+def _rival(name: str, directory: Path, prompt_length: int, new_tokens: int, rounds: int, threads: int | None) -> float:
     """Tokens/s of a rival's whole generation. It needs packages that this one does without, hence the process."""
     numbers = [str(number) for number in (prompt_length, new_tokens, rounds, threads or 0)]
     command = [sys.executable, "-m", "export.rival", name, str(directory), *numbers]

@@ -28,8 +28,8 @@ def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ())
         if debug:
             raise
         usage = type(error).__module__.startswith(("click", "typer"))  # typer may carry its own click
-        if usage and hasattr(error, "format_message"):
-            if not (message := error.format_message()):
+        if usage:
+            if not (message := getattr(error, "format_message", lambda: "")()):
                 sys.exit(2)  # the help text was the answer
             _leave(f"{name}: error: {message} (see {name} --help)", 2)
         if isinstance(error, failures):

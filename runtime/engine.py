@@ -6,6 +6,7 @@ B batch (slots), S new tokens, C cache capacity, V vocabulary.
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,24 +110,26 @@ class Engine:
         """Append one token to every slot: ids (B,) to logits (B, V), float32, in a buffer the next call overwrites."""
         ids = np.asarray(ids)
         if ids.shape != self._lengths.shape or not ids.size:
-            raise RequestError(f"ids have shape {ids.shape}; expected {self._lengths.shape}, one a slot, after a prefill")
+            raise RequestError(
+                f"ids have shape {ids.shape}; expected {self._lengths.shape}, one a slot, after a prefill"
+            )
         return self.prefill(ids[:, None])
 
     def generate_ids(
-        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: float | None
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
     ) -> list[int]:
         """Ids to follow `ids`; see `stream_ids`."""
         return list(self.stream_ids(ids, max_new_tokens, stop_ids=stop_ids, **sampling))
 
     def stream_ids(
-        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: float | None
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
     ) -> Iterator[int]:
         """Ids to follow `ids`, one by one, in an engine that is reset for them.
 
         It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
         `sampling`: the fields of `runtime.sampling.Sampler`. Raises `RequestError`.
         """
-        sampler = Sampler(**sampling)  # type: ignore[arg-type]
+        sampler = Sampler(**sampling)
         if max_new_tokens < 0:
             raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         if not len(ids):
@@ -154,14 +157,14 @@ class Engine:
 
     def generate(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
-        **sampling: float | None,
+        **sampling: Any,
     ) -> str:  # fmt: skip
         """Text to follow `prompt`; see `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, stop=stop, **sampling))
 
     def stream(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
-        **sampling: float | None,
+        **sampling: Any,
     ) -> Iterator[str]:  # fmt: skip
         """Text to follow `prompt`, in pieces of whole characters, up to the first `stop` string.
 

@@ -36,12 +36,12 @@ class DMAttention(nn.Module):
     def __init__(self, config: DogeConfig, layer: int):
         super().__init__()
         self.layer, self.head_size = layer, config.head_size
-        inner, narrow = config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size
+        inner, narrow = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.A = nn.Parameter(torch.zeros(config.num_key_value_heads))
-        self.dt_proj = nn.Linear(narrow, config.num_key_value_heads, bias=config.attention_bias)
+        self.A = nn.Parameter(torch.zeros(config.key_value_heads))
+        self.dt_proj = nn.Linear(narrow, config.key_value_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
@@ -104,4 +104,5 @@ def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.
     not depend on how a machine sorts. With L <= keep every visible key is kept.
     """
     ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
-    return visible & (ranked >= ranked.topk(torch.sym_min(keep, bias.shape[-1]), dim=-1).values[..., -1:])
+    count: int = torch.sym_min(keep, bias.shape[-1])  # type: ignore[assignment]
+    return visible & (ranked >= ranked.topk(count, dim=-1).values[..., -1:])

@@ -25,9 +25,7 @@ class DogeConfig(transformers.DogeConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _check_multiple(
-            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads or 1
-        )
+        _check_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.key_value_heads)
         if self.head_size % 2:
             raise ValueError(f"the head size hidden_size / num_attention_heads is {self.head_size}; RoPE needs it even")
         if self.keep_window_size < 1:
@@ -46,9 +44,19 @@ class DogeConfig(transformers.DogeConfig):
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @property
+    def key_value_heads(self) -> int:
+        """K, by default as many as query heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
     def expert_keys(self) -> int:
         """n = sqrt(E), the length of each of the router's two score lists."""
         return math.isqrt(self.num_experts)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """RoPE's type and parameters, which transformers fills in from any of their older spellings."""
+        return {**(self.rope_parameters or {})}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DogeConfig":

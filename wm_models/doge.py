@@ -41,8 +41,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         """The layer's output, and its router's scores (B, S, 2, n) where it has experts."""
         y = self.self_attn(self.input_layernorm(x), run)
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, scores = y if isinstance(self.mlp, CDMoE) else (y, None)
+        y, scores = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
 
 
@@ -117,21 +116,20 @@ class DogeModel(DogePreTrainedModel):
         zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            steps = torch.arange(x.shape[1], device=x.device)
             position_ids = (steps + past_length(past_key_values))[None]
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
-        run = CachedPass(self.config, rotation, inputs_embeds, attention_mask, position_ids, past_key_values)
-        last, inputs, routers = self.run(inputs_embeds, run)
+        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values)
+        last, inputs, routers = self.run(x, run)
         return MoeModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values,
             hidden_states=(*inputs, last) if output_hidden_states else None,
-            router_logits=tuple(routers) if output_router_logits and self.config.is_moe else None,
+            router_logits=tuple(routers) if output_router_logits and self.config.is_moe else None,  # type: ignore[arg-type]
         )
 
     def step(
@@ -143,9 +141,7 @@ class DogeModel(DogePreTrainedModel):
         pass_type: type[StepPass] = StepPass,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """New tokens for static caches; see `DogeForCausalLM.step`. Returns hidden states (B, S, D) and the caches."""
-        run = pass_type(
-            self.config, self.rotary_emb, input_ids.shape[1], cache_lengths, sequence_lengths, caches
-        )
+        run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], cache_lengths, sequence_lengths, caches)
         return self.run(self.embed_tokens(input_ids), run)[0], run.written
 
 
@@ -223,7 +219,8 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
     def new_caches(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty static caches for `step`: `batch` slots of `capacity` tokens, in the model's dtype and device."""
         config, like = self.config, self.lm_head.weight
-        heads, biases = config.num_key_value_heads or 1, self.model.layers[0].self_attn.A.shape[0]
+        heads = config.key_value_heads
+        biases = next(module.A.shape[0] for module in self.modules() if isinstance(module, DMAttention))
         shapes = (heads, capacity, config.head_size), (heads, capacity, config.head_size), (biases, capacity, 1)
         return [
             LayerCache(*(torch.zeros(batch, *shape, dtype=like.dtype, device=like.device) for shape in shapes))

@@ -14,7 +14,7 @@ from .configuration import DogeConfig
 
 
 class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`: (B, S, D) -> (B, S, D)."""
+    """`down(act(gate(x)) * up(x))`."""
 
     def __init__(self, config: DogeConfig):
         super().__init__()
@@ -28,16 +28,16 @@ class GatedMLP(nn.Module):
         """The two inner vectors, gate and up, of (B, S, intermediate_size) each."""
         return self.gate_proj(x), self.up_proj(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output (B, S, D), and no router scores."""
         gate, up = self.project(x)
-        return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(self.act_fn(gate) * up), None
 
 
 class CDMoE(GatedMLP):
     """Cross domain mixture of experts (paper, section 3.3): a shared gated MLP plus k of E one-row experts a token.
 
     `out = MLP(x) + sum_k g_k · up_embed[e_k]`, `g = act(x · down_embed[e]) · softmax_k(score)`.
-    (B, S, D) -> (B, S, D); the layer's router scores, (B, S, 2, n), are what `route` returns first.
     """
 
     pair_rows: torch.Tensor
@@ -84,13 +84,13 @@ class CDMoE(GatedMLP):
         experts = experts + index[..., 1, :].gather(-1, self.pair_columns[pair])
         return experts, top.softmax(-1)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the layer's output (B, S, D) and its router scores (B, S, 2, n)."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output (B, S, D) and its router scores (B, S, 2, n)."""
         scores = self.scores(x)
         experts, weights = self.route(scores)
         strength = self.act_fn((self.down_embed(experts) @ x[..., None])[..., 0]) * weights
         routed = (strength[..., None, :] @ self.up_embed(experts))[..., 0, :]
-        return super().forward(x) + routed, scores
+        return super().forward(x)[0] + routed, scores
 
 
 class RotaryEmbedding(nn.Module):
@@ -106,8 +106,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: DogeConfig):
         super().__init__()
         self.config = config
-        rope = config.rope_parameters
-        assert rope is not None  # PreTrainedConfig fills it in
+        rope = config.rope
         self.kind: str = rope["rope_type"]
         self.original_length: int = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if self.kind == "dynamic":
@@ -119,7 +118,7 @@ class RotaryEmbedding(nn.Module):
     def constants(self) -> dict[str, torch.Tensor]:
         """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again."""
         if self.kind == "default":
-            size, theta = self.config.head_size, self.config.rope_parameters["rope_theta"]
+            size, theta = self.config.head_size, self.config.rope["rope_theta"]
             return {"frequencies": 1.0 / theta ** (torch.arange(0, size, 2, device="cpu").float() / size)}
         constants = {"frequencies": self._scaled()[0]}
         if self.kind == "longrope":
@@ -147,7 +146,7 @@ class RotaryEmbedding(nn.Module):
             extended = lengths[:, None, None] > self.original_length
             frequencies = torch.where(extended, self.long_frequencies, frequencies)
         elif self.kind == "dynamic":
-            rope, size = self.config.rope_parameters, self.config.head_size
+            rope, size = self.config.rope, self.config.head_size
             ratio = lengths.clamp(min=self.original_length)[:, None, None].float() / self.original_length
             base = rope["rope_theta"] * (rope["factor"] * ratio - (rope["factor"] - 1)) ** (size / (size - 2))
             frequencies = 1.0 / base ** (torch.arange(0, size, 2, device=positions.device).float() / size)

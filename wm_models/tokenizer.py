@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer: the shipped one, and the command that trained it.
 
-    python -m wm_models.tokenizer --out DIR [--vocabulary 32768] [PATH …]
+python -m wm_models.tokenizer --out DIR [--vocabulary 32768] [PATH …]
 """
 
 import argparse

@@ -77,9 +77,7 @@ def test_decode_over_transformers_static_cache(model, tokens):
     compiled, full = torch.compile(model, fullgraph=True), model(tokens).logits
     for at in range(20, 60):
         positions = torch.full((1, 1), at)
-        mask = model.create_masks_for_generate(
-            model.config, torch.empty(3, 1, 0), None, cache, position_ids=positions
-        )
+        mask = model.create_masks_for_generate(model.config, torch.empty(3, 1, 0), None, cache, position_ids=positions)
         with torch._dynamo.config.patch(error_on_recompile=at > 20):
             logits = compiled(
                 tokens[:, at : at + 1], attention_mask=mask, position_ids=positions, past_key_values=cache

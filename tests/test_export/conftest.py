@@ -1,0 +1,48 @@
+"""Checkpoints and artifacts that many tests share: each export is made once."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ours, rival
+
+from export import export_onnx
+from wm_models import shipped_tokenizer
+
+VARIANTS = {
+    "dense": ({}, {}),
+    "biased, untied": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
+    "selection": ({"keep_window_size": 40}, {}),
+    "sliding window": ({"sliding_window": 20}, {}),
+    "experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
+    "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                      "max_position_embeddings": 128}, {}),
+    "fp16": ({}, {"dtype": "fp16"}),
+    "bf16": ({}, {"dtype": "bf16"}),
+    "all logits": ({}, {"logits": "all", "max_batch": 2}),
+    "one slot": ({}, {"max_batch": 1, "max_length": 300}),
+}  # fmt: skip
+
+
+def save_checkpoint(directory: Path, tokenizer: bool = False, **changes: object) -> Path:
+    """A randomised checkpoint of per-token routing."""
+    model = ours(rival(**changes), expert_routing="token")
+    model.save_pretrained(directory)
+    if tokenizer:
+        shipped_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """`exported(name)`: the checkpoint, the artifact and the verdicts of a variant."""
+    made = {}
+
+    def export(name):
+        if name not in made:
+            changes, options = VARIANTS[name]
+            root = tmp_path_factory.mktemp("variant")
+            checkpoint = save_checkpoint(root / "checkpoint", **changes)
+            made[name] = checkpoint, root / "artifact", export_onnx(checkpoint, root / "artifact", **options)
+        return made[name]
+
+    return export

@@ -1,0 +1,98 @@
+"""The commands as a person types them: what they print, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from test_export.conftest import save_checkpoint
+
+
+def command(module, *arguments, **options):
+    code = f"from {module}.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    save_checkpoint(root / "checkpoint", tokenizer=True, vocab_size=32768)
+    done = command("export", "onnx", root / "checkpoint", "--out", root / "artifact", "--max-length", 300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ok  ") >= 5
+    assert "verified" in done.stdout
+    return root / "artifact"
+
+
+def test_generate_verify_inspect_bench(artifact):
+    done = command("runtime", "generate", artifact, "--prompt", "import ", "--max-new-tokens", 8)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    ids = command("runtime", "generate", artifact, "--ids", "1,2,3", "--max-new-tokens", 8)
+    assert 1 <= len(ids.stdout.split(",")) <= 8
+    assert "verified" in command("export", "verify", artifact).stdout
+    shown = command("export", "inspect", artifact).stdout
+    for word in ("input_ids", "TensorScatter", "model.onnx.data", "layers.2.bias.out"):
+        assert word in shown
+    options = ("--prompt-length", 16, "--new-tokens", 8, "--rounds", 1, "--json", "--against", "transformers")
+    result = json.loads(command("runtime", "bench", artifact, *options).stdout)
+    assert result["rivals"]["transformers"]["times_as_fast"] > 0
+    assert result["weights_bytes"] < result["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("export", ["onnx", "/nowhere/at/all", "--out", "OUT"], "no such directory"),
+        ("export", ["onnx", "doge-21m", "--out", "OUT"], "doge-20m"),
+        ("export", ["onnx", "doge-20m"], "--out"),
+        ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "many"], "many"),
+        ("export", ["onnx", "doge-20m", "--out", "ARTIFACT"], "not empty"),
+        ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "4096"], "2048"),
+        ("export", ["shrink"], "shrink"),
+        ("export", ["verify", "/nowhere"], "/nowhere"),
+        ("export", ["inspect", "/nowhere"], "/nowhere"),
+        ("runtime", ["generate", "/nowhere", "--prompt", "x"], "/nowhere"),
+        ("runtime", ["generate", "ARTIFACT"], "--prompt"),
+        ("runtime", ["generate", "ARTIFACT", "--ids", "1,x"], "1,x"),
+        ("runtime", ["generate", "ARTIFACT", "--ids", "1,32768"], "32768"),
+        ("runtime", ["generate", "ARTIFACT", "--prompt", "x " * 400], "300"),
+        ("runtime", ["generate", "ARTIFACT", "--prompt", "x", "--top-p", "7"], "top_p"),
+        ("runtime", ["generate", "ARTIFACT", "--prompt", ""], "empty"),
+        ("runtime", ["bench", "ARTIFACT", "--against", "nothing"], "transformers"),
+        ("runtime", ["bench", "ARTIFACT", "--prompt-length", "400"], "capacity"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(artifact, tmp_path, module, arguments, words):
+    places = {"OUT": str(tmp_path / "out"), "ARTIFACT": str(artifact)}
+    done = command(module, *(places.get(word, word) for word in arguments))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback():
+    done = command("runtime", "generate", "/nowhere", "--prompt", "x", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    code = "from export.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "onnx", "doge-60m", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    for _ in range(600):  # until the unfinished directory is there
+        if list(tmp_path.iterdir()):
+            break
+        time.sleep(0.1)
+    assert list(tmp_path.iterdir())
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert not list(tmp_path.iterdir())

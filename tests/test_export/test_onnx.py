@@ -1,0 +1,184 @@
+"""Every variant goes through, is verified, and a fault in the graph is found."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from export import ExportError, artifact, export_onnx, graph, verify
+from runtime import ArtifactError, load
+from test_export.conftest import VARIANTS, save_checkpoint
+from wm_models import DogeForCausalLM
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_verified(exported, name):
+    _, directory, verdicts = exported(name)
+    assert len(verdicts) >= 4
+    assert all(verdict.passed for verdict in verdicts)
+    assert json.loads((directory / "manifest.json").read_text())["verified"] is True
+    record = json.loads((directory / "verification.json").read_text())
+    assert record["passed"] is True
+    assert len(record["comparisons"]) == len(verdicts)
+    load(directory)
+
+
+def test_plan_covers_what_is_promised(exported):
+    _, _, verdicts = exported("selection")
+    names = " ".join(verdict.case for verdict in verdicts)
+    for word in ("prompt 1,", "prompt 17,", "prompt 128,", "64 steps", "prompt 72", "ragged", "idle", "bucket"):
+        assert word in names
+
+
+def test_one_operator_each(exported):
+    """The graph contract: three cache writes, one attention and two rotations a layer, weights stored once."""
+    _, directory, _ = exported("dense")
+    model = ir.load(directory / "model.onnx")
+    count = Counter(node.op_type for node in model.graph)
+    assert {node.domain for node in model.graph} == {""}
+    assert model.opset_imports[""] == 24
+    assert (count["TensorScatter"], count["Attention"], count["RotaryEmbedding"]) == (9, 3, 6)
+    assert count["RMSNormalization"] == 3 * 4 + 1
+    assert count["MatMul"] == 3 * 4 + 1
+    weights = sum(p.numel() for p in DogeForCausalLM.from_pretrained(exported("dense")[0]).parameters()) * 4
+    assert (directory / "model.onnx.data").stat().st_size < 1.1 * weights
+
+
+def test_inputs_and_outputs_are_the_manifests(exported):
+    _, directory, _ = exported("dense")
+    model, manifest = ir.load(directory / "model.onnx").graph, json.loads((directory / "manifest.json").read_text())
+    states = manifest["graph"]["states"]
+    assert [v.name for v in model.inputs] == [*graph.INPUTS, *(state["input"] for state in states)]
+    assert [v.name for v in model.outputs] == ["logits", *(state["output"] for state in states)]
+    assert states[0]["shape"] == ["batch", 2, "capacity", 16]
+
+
+@torch.no_grad()
+def test_logits_of_all_positions(exported):
+    checkpoint, directory, _ = exported("all logits")
+    model, engine = DogeForCausalLM.from_pretrained(checkpoint), load(directory)
+    ids = np.random.default_rng(0).integers(0, 211, (2, 30))
+    expected = model(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(engine.prefill(ids, [30, 11]), expected[[0, 1], [29, 10]], atol=1e-4)
+
+
+def test_dynamic_rope_beyond_the_trained_length(exported):
+    """Four times the trained 128 is allowed, and each slot has its own length."""
+    checkpoint, directory, _ = exported("dynamic rope")
+    assert load(directory).graph.max_length == 512
+    model, ids = DogeForCausalLM.from_pretrained(checkpoint), np.random.default_rng(0).integers(0, 211, (2, 300))
+    found = load(directory).prefill(ids, [300, 50])
+    with torch.no_grad():
+        for row, length in ((0, 300), (1, 50)):
+            expected = model(torch.from_numpy(ids[row : row + 1, :length])).logits[0, -1].numpy()
+            np.testing.assert_allclose(found[row], expected, atol=1e-4)
+
+
+FAULTS = {
+    "mask off by one": ("visible", lambda step: setattr(step, "visible", step.visible.roll(1, -1))),
+    "cache one late": ("start", lambda step: setattr(step, "start", step.start + 1)),
+    "rotation backwards": ("rotation", lambda step: setattr(step, "rotation", (step.rotation[0], -step.rotation[1]))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_graph_is_found(exported, tmp_path, monkeypatch, fault):
+    checkpoint = exported("dense")[0]
+    begin = graph.OnnxPass.__init__
+
+    def broken(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        FAULTS[fault][1](self)
+
+    monkeypatch.setattr(graph.OnnxPass, "__init__", broken)
+    verdicts = export_onnx(checkpoint, tmp_path / "artifact", max_length=200)
+    assert not all(verdict.passed for verdict in verdicts)
+    with pytest.raises(ArtifactError, match="verification"):
+        load(tmp_path / "artifact")
+    load(tmp_path / "artifact", allow_unverified=True)
+
+
+def test_a_bias_left_out_is_found(exported, tmp_path, monkeypatch):
+    attend = graph.OnnxPass.attend
+    monkeypatch.setattr(graph.OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
+    verdicts = export_onnx(exported("dense")[0], tmp_path / "artifact", max_length=200)
+    assert not all(verdict.passed for verdict in verdicts)
+
+
+def test_verify_again_and_with_another_model(exported, tmp_path):
+    checkpoint, directory, _ = exported("one slot")
+    assert all(verdict.passed for verdict in verify(directory))
+    other = save_checkpoint(tmp_path / "other")
+    model = DogeForCausalLM.from_pretrained(other)
+    torch.nn.init.normal_(model.model.layers[2].self_attn.A)
+    model.save_pretrained(other)
+    assert not all(verdict.passed for verdict in verify(directory, str(other)))
+    with pytest.raises(ArtifactError):
+        load(directory)
+    assert all(verdict.passed for verdict in verify(directory, str(checkpoint)))
+    load(directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int3"}, "--dtype is 'int3'"),
+        ({"logits": "some"}, "--logits is 'some'"),
+        ({"max_batch": 0}, "--max-batch is 0"),
+        ({"max_length": 513}, "--max-length is 513.*allows 2 to 512"),
+        ({"max_length": 1}, "--max-length is 1"),
+    ],
+)
+def test_option_errors(exported, tmp_path, options, words):
+    with pytest.raises(ExportError, match=words):
+        export_onnx(exported("dense")[0], tmp_path / "artifact", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_routing_is_refused(tmp_path):
+    from conftest import rival
+
+    rival(is_moe=True, num_experts=16, num_experts_per_tok=2).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match=r"expert_routing.*token"):
+        export_onnx(tmp_path / "checkpoint", tmp_path / "artifact")
+
+
+def test_an_occupied_directory_is_kept_until_the_new_one_is_whole(exported, tmp_path, monkeypatch):
+    checkpoint, out = exported("dense")[0], tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    with pytest.raises(ExportError, match=r"not empty.*--force"):
+        export_onnx(checkpoint, out)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("export.onnx.save_graph", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(checkpoint, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious").read_text() == "kept"
+    export_onnx(checkpoint, out, force=True, max_length=100, max_batch=1)
+    assert not (out / "precious").exists()
+    load(out)
+
+
+def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "model.onnx.data")
+
+    monkeypatch.setattr("export.onnx.save_graph", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(exported("dense")[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_capacities():
+    assert artifact.capacities(2048) == [256, 512, 1024, 2048]
+    assert artifact.capacities(300) == [256, 300]
+    assert artifact.capacities(256) == [256]
+    assert artifact.capacities(20) == [20]
