@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from runtime import Engine, load
 from wm_models import DogeForCausalLM
@@ -70,8 +71,18 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
 
 
 def eager_logits(model: DogeForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
-    """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass."""
+    """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
+
+    Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it: then the reference
+    writes its keys as the engine does, `first` and all before it at once, the others one by one.
+    """
     with torch.inference_mode():
+        if model.config.rope["rope_type"] in ("dynamic", "longrope"):
+            cache, rows = DynamicCache(config=model.config), []
+            for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[0]))]:
+                logits = model(ids[None, start:end], past_key_values=cache, logits_to_keep=1).logits
+                rows.append(logits[0, -1].float().numpy())
+            return np.stack(rows)
         positions = torch.arange(first, ids.shape[0])
         return model(ids[None], logits_to_keep=positions, use_cache=False).logits[0].float().numpy()
 

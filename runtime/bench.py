@@ -46,7 +46,7 @@ def measure(
         )
     prompt = np.random.default_rng(0).integers(0, engine.graph.vocabulary, prompt_length)
     floor = linear_floor(engine.artifact, threads)
-    _generate(engine, prompt, new_tokens), floor()
+    _generate(engine, prompt, new_tokens)  # warms up, as the floor does itself
     prefills, steps, floors = [], [], []
     for _ in range(rounds):
         prefill, decode = _generate(engine, prompt, new_tokens)

@@ -126,7 +126,8 @@ class RotaryEmbedding(nn.Module):
         return constants
 
     def _scaled(self, **kwargs: int) -> tuple[torch.Tensor, float]:
-        return ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), **kwargs)
+        with torch.device("cpu"):  # whatever device the model is being built on, these are real numbers
+            return ROPE_INIT_FUNCTIONS[self.kind](self.config, torch.device("cpu"), **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RotaryEmbedding":
         """Follow the model to another device, but stay float32: a position times a rounded frequency is far off."""

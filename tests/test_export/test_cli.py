@@ -52,7 +52,7 @@ def test_generate_verify_inspect_bench(artifact):
         ("export", ["onnx", "/nowhere/at/all", "--out", "OUT"], "no such directory"),
         ("export", ["onnx", "doge-21m", "--out", "OUT"], "doge-20m"),
         ("export", ["onnx", "doge-20m"], "--out"),
-        ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "many"], "many"),
+        ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "many"], "--max-length"),
         ("export", ["onnx", "doge-20m", "--out", "ARTIFACT"], "not empty"),
         ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "4096"], "2048"),
         ("export", ["shrink"], "shrink"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wm_models import PRESETS, DogeForCausalLM, create, preset, shipped_tokenizer
-from wm_models.tokenizer import train_tokenizer
+from wm_models.train_tokenizer import train_tokenizer
 
 EMBEDDING = 32768
 # hidden, intermediate, layers, key/value width, key/value heads, experts: from the table of the models' description
@@ -72,7 +72,7 @@ def test_training(tmp_path):
     assert len(train_tokenizer([tmp_path / "a.py"], 270)) == 270
     with pytest.raises(ValueError, match="train on more"):
         train_tokenizer([tmp_path / "a.py"], 5000)
-    command = [sys.executable, "-m", "wm_models.tokenizer", "--out", str(tmp_path / "t")]
+    command = [sys.executable, "-m", "wm_models.train_tokenizer", "--out", str(tmp_path / "t")]
     result = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1

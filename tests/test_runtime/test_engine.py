@@ -1,0 +1,262 @@
+"""The runtime on a real artifact: slots, buckets, sampling, text, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ours, rival
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as processors
+
+from export import export_onnx
+from runtime import ArtifactError, RequestError, load
+from runtime.sampling import Sampler
+from runtime.text import pieces, until
+from wm_models import DogeForCausalLM, shipped_tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runtime")
+    ours(rival(vocab_size=32768, eos_token_id=None), expert_routing="token").save_pretrained(root / "checkpoint")
+    shipped_tokenizer().save_pretrained(root / "checkpoint")
+    assert all(v.passed for v in export_onnx(root / "checkpoint", root / "artifact", max_batch=3))
+    return root / "artifact", DogeForCausalLM.from_pretrained(root / "checkpoint")
+
+
+@pytest.fixture
+def engine(made):
+    return load(made[0])
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made[0], tmp_path / "copy")
+
+
+@torch.no_grad()
+def expected(model, row):
+    return model(torch.as_tensor(row)[None]).logits[0, -1].numpy()
+
+
+def test_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "wm_models", "export", "onnx")
+    code = f"import sys, runtime.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_ragged_slots_in_every_order(made, engine):
+    """Appending, idling, growing over two buckets, and a chunk that is cut because its padding would not fit."""
+    model, draw = made[1], np.random.default_rng(0)
+    rows = [[], [], []]
+    for new in ([200, 3, 0], [1, 1, 1], [0, 60, 9], [90, 0, 0], [1, 1, 1], [215, 2, 3], [1, 9, 0], [4, 1, 100]):
+        ids = draw.integers(0, 32768, (3, max(new)))
+        found = engine.prefill(ids, new).copy()
+        for slot, length in enumerate(new):
+            rows[slot].extend(ids[slot, :length].tolist())
+            if length:
+                np.testing.assert_allclose(found[slot], expected(model, rows[slot]), atol=2e-4)
+    assert engine.lengths.tolist() == [512, 77, 114]
+    with pytest.raises(RequestError, match="slot 0 would hold 513"):
+        engine.decode([1, 1, 1])
+    found = engine.prefill([[0], [7], [0]], [0, 1, 0])  # the full slot sits out
+    np.testing.assert_allclose(found[1], expected(model, [*rows[1], 7]), atol=2e-4)
+
+
+def test_caches_are_written_in_place(engine):
+    """One buffer at both ends: its address stays, and a step changes the new token's row and no other."""
+    engine.prefill([[5, 6, 7]])
+    addresses = [cache.ctypes.data for cache in engine.session.caches]
+    before = [cache.copy() for cache in engine.session.caches]
+    engine.decode([9])
+    assert [cache.ctypes.data for cache in engine.session.caches] == addresses
+    for old, new in zip(before, engine.session.caches, strict=True):
+        assert (old[:, :, 3] != new[:, :, 3]).any()
+        old[:, :, 3] = new[:, :, 3]
+        np.testing.assert_array_equal(old, new)
+
+
+def test_onnx_runtime_says_nothing_of_copies(made):
+    """It warns when a cache's output is not its input's buffer: heard here by asking for warnings, both ways."""
+    code = """
+import sys, numpy as np, onnxruntime
+onnxruntime.set_default_logger_severity(2)
+from runtime import load
+from runtime import session as s
+engine = load(sys.argv[1])
+if sys.argv[2] == "apart":
+    bind = s._bind
+    s._bind = lambda to, name, buffer, kind: bind(to, name, buffer.copy() if ".out" in name else buffer, kind)
+options = onnxruntime.RunOptions()
+options.log_severity_level = 2
+engine.session.allocate(1, 256)
+binding, inputs, _ = engine.session._bind(1)
+for buffer, value in zip(inputs, (1, 0, 1)):
+    buffer[...] = value
+engine.session.session.run_with_iobinding(binding, options)
+"""
+    heard = {}
+    for mode in ("same", "apart"):
+        done = subprocess.run([sys.executable, "-c", code, made[0], mode], capture_output=True, text=True, check=False)
+        heard[mode] = "scatter" in done.stderr.lower()
+    assert heard["same"] is False
+
+
+def test_generate_is_greedy_transformers(made, engine):
+    prompt = "def main():\n    "
+    ids = shipped_tokenizer()(prompt, return_tensors="pt").input_ids
+    new = made[1].generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert engine.generate_ids(ids[0].tolist(), 20) == new
+    text = engine.generate(prompt, 20)
+    assert text == "".join(engine.stream(prompt, 20))
+    assert text == shipped_tokenizer().decode(new)
+    assert engine.generate(prompt, 20, stop=text[3:6]) == text[: text.find(text[3:6])]
+    assert engine.generate_ids(ids[0].tolist(), 20, stop_ids=[new[4]]) == new[: new.index(new[4])]
+
+
+def test_a_prompt_up_to_the_capacity(engine):
+    assert len(engine.generate_ids([1] * 510, 20)) == 3  # the last one needs no row
+    assert len(engine.generate_ids([1] * 512, 20)) == 1
+    with pytest.raises(RequestError, match=r"513 tokens.*capacity is 512"):
+        engine.generate_ids([1] * 513, 20)
+
+
+def test_sampling_is_repeatable(engine):
+    draws = [engine.generate_ids([1, 2], 12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.3, 2.0),
+    st.sampled_from([0, 1, 5, 50]),
+    st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([1.0, 1.3, 0.8]),
+)
+def test_sampler_draws_from_transformers_distribution(seed, temperature, top_k, top_p, penalty):
+    """The support and the shares of 2000 draws, against transformers' own processors."""
+    draw = np.random.default_rng(seed)
+    logits, seen = draw.normal(0, 2, (1, 40)).astype(np.float32), draw.integers(0, 40, 6)
+    chain = LogitsProcessorList([processors.RepetitionPenaltyLogitsProcessor(penalty)])
+    chain.append(processors.TemperatureLogitsWarper(temperature))
+    if top_k:
+        chain.append(processors.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        chain.append(processors.TopPLogitsWarper(top_p))
+    shares = chain(torch.from_numpy(seen)[None], torch.from_numpy(logits)).softmax(-1)[0].numpy()
+    sampler = Sampler(temperature, top_k, top_p, penalty, seed)
+    found = np.bincount([int(sampler(logits, [seen.tolist()])[0]) for _ in range(2000)], minlength=40) / 2000
+    assert not found[shares == 0].any()
+    assert np.abs(found - shares).max() < 0.06
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.1}, {"repetition_penalty": 0}, {"temperature": np.nan}]
+)
+def test_sampling_errors(options):
+    with pytest.raises(RequestError, match=next(iter(options))):
+        Sampler(**options)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(deadline=None)
+def test_pieces_are_whole_characters(text):
+    tokenizer = shipped_tokenizer().backend_tokenizer
+    ids = tokenizer.encode(text).ids
+    if tokenizer.decode(ids) == text:  # else the text spells a special token
+        said = list(pieces(tokenizer, ids))
+        assert "".join(said) == text
+        assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in said) or "\N{REPLACEMENT CHARACTER}" in text
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=8), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_stops_that_span_pieces(texts, stops):
+    whole = "".join(texts)
+    found = [at for at in (whole.find(stop) for stop in stops) if at >= 0]
+    assert "".join(until(texts, stops)) == (whole[: min(found)] if found else whole)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "words"),
+    [
+        ([[1, 40000]], None, "token id 40000 at position 1 of slot 0"),
+        ([[1, -1]], None, "token id -1"),
+        ([[0.5]], None, "expected integers"),
+        ([1, 2], None, "shape"),
+        ([[1, 2]], [3], "lengths"),
+        ([[1]] * 4, None, "up to 3 slots"),
+        ([[1] * 513], None, "513 tokens"),
+    ],
+)
+def test_request_errors_leave_the_engine_as_it_was(engine, ids, lengths, words):
+    with pytest.raises(RequestError, match=words):
+        engine.prefill(ids, lengths)
+    assert engine.lengths.size == 0
+    with pytest.raises(RequestError, match="after a prefill"):
+        engine.decode([1])
+
+
+def change_manifest(directory, change):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(schema=2), "schema 2.*upgrade"),
+        (lambda m: m.pop("graph"), "graph is nothing"),
+        (lambda m: m.update(files=[]), "files is list"),
+        (lambda m: m["graph"].update(max_batch="8"), "max_batch is str"),
+        (lambda m: m["graph"].update(capacities=[]), "capacities"),
+        (lambda m: m["graph"]["states"][0].update(shape=["batch", -1]), "shape"),
+        (lambda m: m.update(verified=False), "verification"),
+        (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "outside"),
+        (lambda m: m["files"]["model.onnx"].update(size=1), r"model\.onnx: has \d+ bytes; the manifest says 1"),
+        (lambda m: m["files"]["model.onnx.data"].update(sha256="0" * 64), r"model\.onnx\.data: SHA-256"),
+        (lambda m: m["graph"].update(file="other.onnx"), r"other\.onnx"),
+    ],
+)
+def test_a_bad_manifest(copy, change, words):
+    change_manifest(copy, change)
+    with pytest.raises(ArtifactError, match=words):
+        load(copy)
+
+
+def test_a_bad_directory(copy, tmp_path):
+    with pytest.raises(ArtifactError, match="no such directory"):
+        load(tmp_path / "none")
+    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
+        load(tmp_path)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="no JSON"):
+        load(copy)
+    with pytest.raises(ValueError, match="onnx"):
+        load(copy, backend="cloud")
+
+
+def test_a_changed_byte_is_found(copy):
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data: SHA-256"):
+        load(copy)
+
+
+def test_without_a_tokenizer_ids_still_work(copy):
+    (copy / "tokenizer.json").unlink()
+    change_manifest(copy, lambda m: m["files"].pop("tokenizer.json"))
+    engine = load(copy)
+    with pytest.raises(RequestError, match=r"tokenizer\.json.*ids"):
+        engine.generate("x")
+    assert len(engine.generate_ids([1, 2], 4)) == 4
