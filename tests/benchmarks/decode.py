@@ -1,0 +1,50 @@
+"""Decode speed of the dense presets beside their floor and transformers: one table, ratios from one run.
+
+python tests/benchmarks/decode.py [PRESET …]        (default: doge-20m doge-60m doge-160m)
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("preset", "tokens/s", "transformers", "times", "decode steps/s", "floor", "share", "peak / weights")
+
+
+def measure(preset: str, root: Path) -> list[str]:
+    """Export the preset and bench it, each in a process of its own; one row of the table."""
+    artifact = str(root / preset)
+    commands = Path(sys.executable).parent
+    subprocess.run([commands / "wm-export", "onnx", preset, "--out", artifact], check=True)
+    options = ["--against", "transformers", "--threads", "2", "--json"]
+    done = subprocess.run(
+        [commands / "wm-run", "bench", artifact, *options], check=True, stdout=subprocess.PIPE, text=True
+    )
+    result = json.loads(done.stdout)
+    rival = result["rivals"]["transformers"]
+    numbers = (
+        result["generate_tokens_per_second"],
+        rival["generate_tokens_per_second"],
+        rival["times_as_fast"],
+        result["decode_tokens_per_second"],
+        result["floor_steps_per_second"],
+        result["share_of_floor"],
+        result["peak_over_weights"],
+    )
+    return [preset, *(f"{number:.2f}" for number in numbers)]
+
+
+def main() -> None:
+    table = Table(*COLUMNS, title="float32, batch 1, prompt 128, 128 new tokens, 2 threads", title_justify="left")
+    with tempfile.TemporaryDirectory() as root:
+        for preset in sys.argv[1:] or ["doge-20m", "doge-60m", "doge-160m"]:
+            table.add_row(*measure(preset, Path(root)))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
