@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration import DogeConfig
 
+HEAD = "lm_head.weight"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,22 +34,15 @@ def checked_directory(model_class: type[PreTrainedModel], source: Any, options: 
     if source is None or options.get("state_dict") is not None:
         return source
     directory = _local(os.fspath(source), options)
-    values = _config_values(directory)
-    try:
-        config = options.get("config") or DogeConfig.from_dict(values)
-    except Exception as error:  # huggingface_hub's strict validation has exceptions of its own
-        raise CheckpointError(f"{directory / 'config.json'}: {_one_line(error)}") from error
+    expected, tied = _expected_shapes(model_class, directory, options)
     found = _stored_shapes(directory)
-    with torch.device("meta"):
-        model = model_class._from_config(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    optional = {HEAD} if tied else set()
     prefix = f"{model_class.base_model_prefix}."
     if not any(name.startswith(prefix) for name in expected):  # the bare model, out of a whole one
         if any(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
-    elif found and not any(name.startswith(prefix) for name in found):  # the whole model, out of a bare one
-        found = {prefix + name: shape for name, shape in found.items()}
+            found = {name.removeprefix(prefix): shape for name, shape in found.items() if name != HEAD}
+    elif not any(name.startswith(prefix) for name in found):  # the whole model, out of a bare one
+        found = {prefix + name if prefix + name in expected else name: shape for name, shape in found.items()}
     _compare(directory, found, expected, optional)
     return str(directory)
 
@@ -83,9 +77,30 @@ def _config_values(directory: Path) -> dict[str, Any]:
     return values
 
 
+def _expected_shapes(
+    model_class: type[PreTrainedModel], directory: Path, options: dict[str, Any]
+) -> tuple[Shapes, bool]:
+    """Every tensor's shape by name in the model that `from_pretrained` will build, and whether its head is tied."""
+    values = _config_values(directory)
+    config = options.get("config")
+    # transformers sets a field given as an option over config.json's, so it decides the shapes too
+    fields = {name: options[name] for name in DogeConfig.__dataclass_fields__.keys() & options if name != "dtype"}
+    try:
+        if config is None:
+            config = DogeConfig.from_dict(values, **fields)
+        elif not isinstance(config, PreTrainedConfig):
+            config = DogeConfig.from_pretrained(config, **fields)
+        with torch.device("meta"):
+            model = model_class._from_config(config)
+    except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
+        kind = "" if isinstance(error, ValueError) else f"no model has these values: {type(error).__name__}: "
+        raise CheckpointError(f"{directory / 'config.json'}: {kind}{_one_line(error)}") from error
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, config.tie_word_embeddings
+
+
 def _stored_shapes(directory: Path) -> Shapes:
     """Every stored tensor's shape, by name."""
-    if (directory / INDEX).exists():
+    if (directory / INDEX).exists() and not (directory / WHOLE).exists():  # transformers reads the whole file first
         weight_map = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{directory / INDEX}: has no weight_map; save the checkpoint again")
@@ -97,7 +112,7 @@ def _stored_shapes(directory: Path) -> Shapes:
         path = directory / name
         if not path.exists():
             pickled = sorted(file.name for file in directory.glob("*.bin"))
-            hint = f"; {pickled[0]} is a pickle: save it again with safe_serialization=True" if pickled else ""
+            hint = f"; {pickled[0]} is a pickle: convert it to safetensors" if pickled else ""
             raise CheckpointError(f"{path}: no such file; expected the checkpoint's weights{hint}")
         try:
             with safe_open(path, framework="pt") as file:
@@ -133,6 +148,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: is a {type(values).__name__}; expected a JSON object")
     return values

@@ -48,6 +48,50 @@ def test_bare_model_from_a_whole_checkpoint(saved, tokens):
     assert torch.equal(bare(tokens).last_hidden_state, whole.model(tokens).last_hidden_state)
 
 
+@torch.no_grad()
+def test_whole_model_from_a_bare_checkpoint(saved, tmp_path, tokens):
+    whole = DogeForCausalLM.from_pretrained(saved)
+    whole.model.save_pretrained(tmp_path)
+    again = DogeForCausalLM.from_pretrained(tmp_path)  # tied: the embedding is the head
+    assert torch.equal(again(tokens).logits, whole(tokens).logits)
+    with pytest.raises(CheckpointError, match=r"missing 1: lm_head\.weight"):
+        DogeForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+
+
+def test_a_tied_head_may_be_stored(copy):
+    change_tensors(copy, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    model = DogeForCausalLM.from_pretrained(copy)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_a_given_config_or_state(saved, tokens):
+    model = DogeForCausalLM.from_pretrained(saved)
+    for config in (model.config, str(saved)):
+        assert torch.equal(DogeForCausalLM.from_pretrained(saved, config=config)(tokens).logits, model(tokens).logits)
+    state = DogeForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(state(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"num_hidden_layers": 4}, r"missing \d+: model\.layers\.3"),
+        ({"num_hidden_layers": 2}, r"unexpected \d+: model\.layers\.2"),
+        ({"intermediate_size": 95}, r"gate_proj\.weight is \[96, 64\], expected \[95, 64\]"),
+    ],
+)
+def test_a_field_given_as_an_option_decides_the_shapes(saved, option, words):
+    with pytest.raises(CheckpointError, match=words):
+        DogeForCausalLM.from_pretrained(saved, **option)
+
+
+def test_stray_tensors_of_a_bare_model_are_named(copy):
+    change_tensors(copy, lambda state: state.update({"extra.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected 1: extra\.weight"):
+        DogeModel.from_pretrained(copy)
+
+
 def change_tensors(directory, change):
     state = load_file(directory / "model.safetensors")
     change(state)
@@ -82,7 +126,16 @@ def test_broken_config(copy, text):
     fails(copy, "config.json")
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_key_value_heads", 3), ("hidden_size", "wide")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_key_value_heads", 3),
+        ("hidden_size", "wide"),
+        ("hidden_act", "none"),
+        ("pad_token_id", 999),
+        ("rope_parameters", {"rope_type": "none", "rope_theta": 1e4}),
+    ],
+)
 def test_config_of_wrong_values(copy, field, value):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, field: value}))
@@ -112,7 +165,12 @@ def test_truncated_file(copy):
 
 def test_no_weights(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    fails(copy, "model.safetensors", "pytorch_model.bin")
+    fails(copy, "model.safetensors", "pytorch_model.bin", "convert it to safetensors")
+
+
+def test_the_whole_file_is_read_before_an_index(copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "none.safetensors"}}')
+    DogeForCausalLM.from_pretrained(copy)
 
 
 def test_missing_shard(tmp_path):
