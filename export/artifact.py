@@ -3,7 +3,6 @@
 B batch, C cache capacity, V vocabulary.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,12 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from runtime.artifact import SCHEMA, file_hash
 from wm_models import DogeForCausalLM
 
 from .errors import ExportError
 from .graph import state_names, widen
 
-SCHEMA = 1
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
 MANIFEST, VERIFICATION = "manifest.json", "verification.json"
 SMALLEST_CAPACITY = 256
@@ -123,14 +122,6 @@ def write_manifest(directory: Path, manifest: dict[str, Any], verified: bool) ->
     unfinished = directory / f".{MANIFEST}"
     unfinished.write_text(text)
     os.replace(unfinished, directory / MANIFEST)
-
-
-def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

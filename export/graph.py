@@ -20,13 +20,13 @@ from onnxscript.onnx_opset import opset24 as op
 from torch import nn
 from torch.nn import functional as F
 
+from runtime.artifact import INPUTS
 from wm_models import DogeForCausalLM, LayerCache
 from wm_models.attention import DMAttention
 from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
 
 OPSET = 24
-INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 STATES = LayerCache._fields
 
 

@@ -8,7 +8,7 @@ import torch
 
 from wm_models import DogeForCausalLM
 
-from .artifact import check_free, describe, parameter_count, replacing, save_graph
+from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
 from .graph import lower
 from .source import copy_texts, load_model
@@ -72,6 +72,7 @@ def export_onnx(
             graph, config, parameters, layers, dtype=name, logits=logits, max_batch=max_batch, max_length=max_length
         )  # fmt: skip
         del model, graph  # one copy of the weights at a time
+        write_manifest(directory, manifest, verified=False)
         stage("verifying")
         origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
         return check_and_record(directory, manifest, reference, origin, report)

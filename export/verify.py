@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime import Engine, load
+from runtime.artifact import read_artifact
 from wm_models import DogeForCausalLM
 
 from .artifact import MANIFEST, VERIFICATION, write_json, write_manifest
@@ -57,11 +58,11 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
     """Prefill and decode at several lengths, a ragged batch with idle slots, and beyond the keep window."""
     steps = min(STEPS, max(1, max_length // 2))
     longest = max_length - steps
-    lengths = sorted({min(length, longest) for length in (1, 17, 128)} - {0})
+    lengths = sorted({min(length, longest) for length in (1, 17, 128)})
     if keep_window < longest:
         lengths.append(min(keep_window + 32, longest))
-    cases = [Case(f"prompt {length}, {steps} steps", (length,), steps, (0,)) for length in lengths if length > 0]
-    if longest == max_length - steps and max_length > 320:  # across a capacity bucket
+    cases = [Case(f"prompt {length}, {steps} steps", (length,), steps, (0,)) for length in lengths]
+    if max_length > 320:  # across a capacity bucket
         cases.append(Case("prompt 240, 32 steps over a bucket's end", (240,), 32, (0,)))
     if max_batch > 1:
         ragged = tuple(max(1, min(length, longest)) for length in (5, 33, 20, 1))[: min(max_batch, 4)]
@@ -155,9 +156,7 @@ def check_and_record(
     directory: Path, manifest: dict[str, Any], reference: Reference, origin: dict[str, Any],
     report: Callable[[Comparison], None],
 ) -> list[Comparison]:  # fmt: skip
-    """Check the artifact in `directory`, write verification.json, and give the manifest its verdict."""
-    (directory / VERIFICATION).unlink(missing_ok=True)
-    write_manifest(directory, manifest, verified=False)
+    """Check the artifact in `directory`; only then write verification.json, and the manifest with its verdict."""
     engine = load(directory, allow_unverified=True)
     verdicts = reference.check(engine, manifest["graph"]["dtype"], report)
     passed = all(verdict.passed for verdict in verdicts)
@@ -187,8 +186,7 @@ def verify(
     Raises `runtime.ArtifactError` for a damaged artifact, `ExportError` where there is no source to compare with.
     """
     directory = Path(directory)
-    engine = load(directory, allow_unverified=True)  # every file is as the manifest says
-    del engine
+    read_artifact(directory, allow_unverified=True)  # every file is as the manifest says
     manifest = json.loads((directory / MANIFEST).read_text())
     origin = {"source": source, "seed": 0}
     if source is None:

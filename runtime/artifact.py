@@ -12,6 +12,7 @@ from typing import Any
 from .errors import ArtifactError
 
 SCHEMA = 1
+INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -174,15 +175,20 @@ def _check_file(directory: Path, name: str, file: File) -> None:
     size = path.stat().st_size
     if size != file.size:
         raise ArtifactError(f"{path}: has {size} bytes; the manifest says {file.size}; export or copy it again")
+    digest = file_hash(path)
+    if digest != file.sha256:
+        raise ArtifactError(
+            f"{path}: SHA-256 is {digest[:12]}…; the manifest says {file.sha256[:12]}…; export or copy it again"
+        )
+
+
+def file_hash(path: Path) -> str:
+    """A file's SHA-256, hexadecimal, without reading it into memory."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != file.sha256:
-        raise ArtifactError(
-            f"{path}: SHA-256 is {digest.hexdigest()[:12]}…; the manifest says {file.sha256[:12]}…; "
-            "export or copy it again"
-        )
+    return digest.hexdigest()
 
 
 def _parse(path: Path) -> Any:

@@ -91,11 +91,10 @@ class Engine:
         self._check(ids, new)
         if not self._lengths.size:
             self.reserve(batch, width)
-        logits = np.zeros((0, 0), np.float32)
         result: np.ndarray | None = None
         done = 0
         while done < width:
-            size = self._fit(width - done, new - done)
+            size = self._fit(width - done)
             real = (new - done).clip(0, size)
             logits = self.session.step(ids[:, done : done + size], self._lengths, real)
             self._lengths = self._lengths + real
@@ -141,11 +140,10 @@ class Engine:
         room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
         if room < 1:
             return
-        self.reset()
         self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
         logits = self.prefill(np.array([seen]))
         for left in range(room, 0, -1):
-            if not np.isfinite(logits[0, :: max(1, logits.shape[1] // 64)]).all():
+            if not np.isfinite(logits).all():
                 raise RequestError(f"the logits after token {len(seen)} are not finite; the weights or dtype overflow")
             token = int(sampler(logits, [seen])[0])
             if token in ends:
@@ -200,7 +198,7 @@ class Engine:
     def _bucket(self, length: int) -> int:
         return next((size for size in self.graph.capacities if size >= length), self.graph.max_length)
 
-    def _fit(self, width: int, remaining: np.ndarray) -> int:
+    def _fit(self, width: int) -> int:
         """How many columns of `width` the next step takes, growing the caches where a larger bucket exists.
 
         Padding is written too, so every slot that is not full needs room for the whole chunk. Where even the largest

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .artifact import Artifact
+from .artifact import INPUTS, Artifact
 from .errors import ArtifactError
 
-INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
 INT64 = 7
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
