@@ -171,9 +171,10 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")  # as the library that writes the weights does: no file's name
 
+    checkpoint = exported("dense")[0]
     monkeypatch.setattr("export.onnx.save_graph", full)
     with pytest.raises(OSError, match=f"No space left.*{tmp_path / 'out'}"):
-        export_onnx(exported("dense")[0], tmp_path / "out")
+        export_onnx(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
