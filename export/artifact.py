@@ -34,8 +34,11 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     until the new one is whole.
     """
     check_free(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     new.chmod(0o755)
     try:
         yield new
@@ -44,6 +47,10 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(new, out)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.filename is None:  # as the libraries that write weights raise it
+            error.filename = str(out)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
