@@ -111,11 +111,17 @@ def attend_packed(
 
 
 def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
-    """Of each query's visible keys, those with the `keep` largest biases: bool (B, Hm, S, L).
+    """Of each query's visible keys, the `keep` with the largest biases: bool (B, Hm, S, L), never more than `keep`.
 
-    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Keys that tie with the last one kept are kept too, so the choice does
-    not depend on how a machine sorts. With L <= keep every visible key is kept.
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Of equal biases the later key goes first, so where all are equal
+    (A = 0, as training starts) what is kept is a sliding window. Top-k is asked only for the keep-th largest value,
+    and ties with it are counted, so the choice does not depend on how a machine sorts. With L <= keep every visible
+    key is kept.
     """
     ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
     count: int = torch.sym_min(keep, bias.shape[-1])  # type: ignore[assignment]
-    return visible & (ranked >= ranked.topk(count, dim=-1).values[..., -1:])
+    last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    larger, tied = ranked > last, ranked == last
+    # of a tied key: how many keys are larger, or equal and later
+    ahead = (larger | tied).sum(-1, keepdim=True, dtype=torch.int32) - tied.cumsum(-1, dtype=torch.int32)
+    return visible & (larger | tied & (ahead < keep))
