@@ -19,12 +19,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from runtime.artifact import MANIFEST, SCHEMA, file_hash
+from runtime.artifact import INPUTS, MANIFEST, SCHEMA, file_hash
 from runtime.signature import SIGNATURE
-from wm_models import DogeForCausalLM
+from wm_models.decoder import DecoderForCausalLM
 
 from .errors import ExportError
-from .graph import state_names, widen
+from .graph import widen
 
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
 VERIFICATION = "verification.json"
@@ -42,9 +42,12 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     """
     check_free(out, force)
     out = out.resolve()  # where it is a link, what it leads to is replaced
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    new, lock = _locked(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        new, lock = _locked(out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     try:
         yield new
         for path in (*new.iterdir(), new):
@@ -54,6 +57,10 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         else:
             os.rename(new, out)
         _sync(out.parent)
+    except OSError as error:
+        if error.filename is None:  # as the libraries that write weights raise it
+            error.filename = str(out)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         os.close(lock)
@@ -149,19 +156,19 @@ def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
 
 
 def describe(
-    graph: ir.Model, config: dict[str, Any], parameters: int, layers: int, *, dtype: str, logits: str,
-    max_batch: int, max_length: int,
+    graph: ir.Model, config: dict[str, Any], parameters: int, *, dtype: str, logits: str, max_batch: int,
+    max_length: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest but for its file list and its verdict."""
-    inputs = {value.name: value for value in graph.graph.inputs}
     states = [
         {
-            "input": name,
-            "output": f"{name}.out",
-            "shape": [dim if isinstance(dim, int) else str(dim) for dim in inputs[name].shape or ()],
-            "dtype": dtype,
+            "input": value.name,
+            "output": f"{value.name}.out",
+            "shape": [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()],
+            "dtype": str((value.dtype or ir.DataType.UNDEFINED).numpy()),
         }
-        for name in state_names(layers)
+        for value in graph.graph.inputs
+        if value.name not in INPUTS
     ]
     packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
     return {
@@ -183,7 +190,7 @@ def describe(
     }
 
 
-def parameter_count(model: DogeForCausalLM) -> int:
+def parameter_count(model: DecoderForCausalLM) -> int:
     """Distinct parameters, a tied one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
