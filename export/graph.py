@@ -25,6 +25,7 @@ from runtime.artifact import INPUTS
 from wm_models import LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
+from wm_models.experts import ExpertMLP
 from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
 
@@ -104,6 +105,16 @@ def fuse_mlp(mlp: GatedMLP) -> None:
     del mlp.gate_proj, mlp.up_proj
 
 
+def unfuse_experts(mlp: ExpertMLP) -> None:
+    """Let the chosen experts' rows be gathered and multiplied: torch's kernel that needs no copy has no ONNX operator."""
+
+    def mix(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        strength = mlp.act_fn((mlp.down_embed(experts) @ x[..., None])[..., 0]) * weights
+        return (strength[:, None] @ mlp.up_embed(experts))[:, 0]
+
+    mlp.mix = mix
+
+
 class StepGraph(nn.Module):
     """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
 
@@ -117,6 +128,8 @@ class StepGraph(nn.Module):
                     fuse_attention(module)
                 elif isinstance(module, GatedMLP):
                     fuse_mlp(module)
+                if isinstance(module, ExpertMLP):
+                    unfuse_experts(module)
 
     def forward(
         self,

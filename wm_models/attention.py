@@ -48,11 +48,13 @@ class DMAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.A = nn.Parameter(torch.zeros(config.key_value_heads))
-        self.dt_proj = nn.Linear(narrow, config.key_value_heads, bias=config.attention_bias)
+        self.A = nn.Parameter(torch.zeros(config.bias_heads))
+        self.dt_proj = nn.Linear(narrow, config.bias_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_size, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def new_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""

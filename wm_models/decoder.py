@@ -2,7 +2,8 @@
 
 A model's own file says which mixer its layers hold.
 
-B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabulary, n length of a router's score list.
+B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabulary, h router heads,
+n length of a router's score list.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .attention import DMAttention, Pass
 from .checkpoint import checked_directory
 from .configuration import DogeConfig
-from .layers import CDMoE, GatedMLP, RotaryEmbedding
+from .experts import ExpertMLP, ProductKeyExperts, feed_forward
+from .layers import RotaryEmbedding
 from .losses import load_balancing_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
 
@@ -44,7 +46,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = CDMoE(config) if config.is_moe else GatedMLP(config)
+        self.mlp = feed_forward(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     @property
@@ -53,7 +55,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer's output, and its router's scores (B, S, 2, n) where it has experts."""
+        """The layer's output, and its router's scores (B, S, h, 2, n) where it has experts."""
         y = self.mixer(self.input_layernorm(x), run)
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
         y, scores = self.mlp(self.post_attention_layernorm(x))
@@ -85,9 +87,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DecoderLayer):
             init.ones_(module.input_residual)
             init.ones_(module.post_attention_residual)
-        elif isinstance(module, CDMoE | RotaryEmbedding):
+        elif isinstance(module, ExpertMLP | RotaryEmbedding):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
+        if isinstance(module, ProductKeyExperts):
+            init.normal_(module.keys, std=self.config.initializer_range)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -207,7 +211,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if outputs.router_logits is not None:
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.experts_per_head, attention_mask)
             loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
