@@ -106,7 +106,7 @@ def fuse_mlp(mlp: GatedMLP) -> None:
 
 
 def unfuse_experts(mlp: ExpertMLP) -> None:
-    """Let the chosen experts' rows be gathered and multiplied: torch's kernel that needs no copy has no ONNX operator."""
+    """Let the chosen experts' rows be gathered, then multiplied: torch's kernels that copy none are not in ONNX."""
 
     def mix(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         strength = mlp.act_fn((mlp.down_embed(experts) @ x[..., None])[..., 0]) * weights

@@ -25,8 +25,11 @@ class DogeConfig(transformers.DogeConfig):
     `transformers` and means `"batch"`. `"product_keys"` compares queries of `expert_retrieval_size` with learned keys,
     for each of `num_expert_heads` heads, which share the `num_experts_per_tok` experts.
 
+    Where `transformers`' own `doge` has all that a config says, it is written as that, else as `wm_doge`.
     Raises ValueError for sizes that do not fit each other.
     """
+
+    model_type = "wm_doge"
 
     num_bias_heads: int | None = None
     query_key_norm: bool = True
@@ -97,10 +100,36 @@ class DogeConfig(transformers.DogeConfig):
         """RoPE's type and parameters, which transformers fills in from any of their older spellings."""
         return {**(self.rope_parameters or {})}
 
+    @property
+    def beyond_transformers(self) -> list[str]:
+        """The fields, with their values, that `transformers`' own Doge could not follow."""
+        fields = {
+            "num_bias_heads": self.bias_heads != self.key_value_heads,
+            "query_key_norm": not self.query_key_norm,
+            "dynamic_mask_ratio": self.dynamic_mask_ratio > 0,
+            "expert_routing": self.is_moe and self.expert_routing != "batch",
+        }
+        return [f"{name}={getattr(self, name)!r}" for name, beyond in fields.items() if beyond]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The JSON object of a config file; transformers' `doge` is read as one of this class."""
+        values, rest = super().get_config_dict(*args, **kwargs)
+        if values.get("model_type") == transformers.DogeConfig.model_type:
+            values = {**values, "model_type": cls.model_type}
+        return values, rest
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DogeConfig":
         """A config from its JSON object; see `expert_routing` for what a missing routing means."""
         return super().from_dict({"expert_routing": "batch", **config_dict}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, of `transformers`' model type where that can express it."""
+        values = super().to_dict()
+        if type(self) is DogeConfig and not self.beyond_transformers:
+            values["model_type"] = transformers.DogeConfig.model_type
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and always the routing, whose absence means something else."""

@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .attention import DMAttention, Pass
-from .checkpoint import checked_directory
+from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
 from .experts import ExpertMLP, ProductKeyExperts, feed_forward
 from .layers import RotaryEmbedding
@@ -74,10 +75,24 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint directory, or a model of the Hugging Face hub, whole or not at all.
 
-        Takes what `transformers.PreTrainedModel.from_pretrained` takes. Raises `CheckpointError`, naming every tensor
-        that is missing, unexpected or of the wrong shape, where the checkpoint is not one of this model.
+        Takes what `transformers.PreTrainedModel.from_pretrained` takes, and every published generation of the model,
+        recognised by its tensors. An MLP checkpoint loads as a mixture of experts with the options `is_moe=True`,
+        `num_experts` and `num_experts_per_tok`: the experts then start with nothing to add. Raises `CheckpointError`,
+        naming every tensor that is missing, unexpected or of the wrong shape, where the checkpoint is of none.
         """
-        return super().from_pretrained(checked_directory(cls, source, kwargs), *args, **kwargs)
+        if source is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(source, *args, **kwargs)
+        checkpoint = find_checkpoint(cls, source, kwargs)
+        for name in field_options(cls, kwargs):
+            del kwargs[name]
+        kwargs["config"] = checkpoint.config
+        if checkpoint.is_plain:
+            return super().from_pretrained(str(checkpoint.directory), *args, **kwargs)
+        model = super().from_pretrained(None, *args, state_dict=checkpoint.state(), **kwargs)
+        model.config.name_or_path = str(checkpoint.directory)
+        if (checkpoint.directory / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
