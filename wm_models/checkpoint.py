@@ -215,15 +215,18 @@ def _expected(
 
     A field that is given as an option goes over config.json's, and so decides the shapes too.
     """
-    config = options.get("config")
+    given = options.get("config")
     config_class: Any = model_class.config_class
     values = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
     fields = field_options(model_class, options)
     try:
-        if config is None:
+        config: DogeConfig
+        if given is None:
             config = config_class.from_dict({**values, **fields})
-        elif not isinstance(config, PreTrainedConfig):
-            config = config_class.from_pretrained(config, **fields)
+        elif isinstance(given, PreTrainedConfig):
+            config = given if isinstance(given, config_class) else config_class.from_dict(given.to_dict())
+        else:
+            config = config_class.from_pretrained(given, **fields)
         with torch.device("meta"):
             model = model_class._from_config(config)
     except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
