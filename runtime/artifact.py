@@ -13,6 +13,7 @@ from .errors import ArtifactError
 
 SCHEMA = 1
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
+NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
 DTYPES = ("float32", "float16", "bfloat16")
 
 
