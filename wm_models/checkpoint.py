@@ -224,7 +224,7 @@ def _expected(
         if given is None:
             config = config_class.from_dict({**values, **fields})
         elif isinstance(given, PreTrainedConfig):
-            config = given if isinstance(given, config_class) else config_class.from_dict(given.to_dict())
+            config = given if isinstance(given, DogeConfig) else config_class.from_dict(given.to_dict())
         else:
             config = config_class.from_pretrained(given, **fields)
         with torch.device("meta"):
