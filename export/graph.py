@@ -12,7 +12,8 @@ B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/val
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -27,6 +28,7 @@ from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
 from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
+from wm_models.ssd import SSDMixer, recur, scan_chunks
 
 OPSET = 24
 
@@ -41,6 +43,12 @@ class OnnxPass(StepPass):
     def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
 
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        return super().carry(layer, partial(advance, by_length=_recur_or_scan))
+
+    def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return new
+
     def attend_masked(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -49,6 +57,24 @@ class OnnxPass(StepPass):
 
 def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str, Any], like: torch.Tensor) -> Any:
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
+
+
+def _recur_or_scan(
+    c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both forms of SSD under an If: a decode step would spend a third of its time on the small nodes of chunks."""
+    length = x.shape[2]
+
+    def one(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, new = recur(*(part[:, :, :1] for part in inputs[:4]), inputs[4])
+        return y.expand(-1, -1, length, -1).clone(memory_format=torch.contiguous_format), new
+
+    def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # the branches' results must have the same strides
+        y, new = (part.clone(memory_format=torch.contiguous_format) for part in scan_chunks(*inputs, chunk))
+        return y, new
+
+    return torch.cond(length == 1, one, many, (c, b, x, log_decay, state))
 
 
 def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
@@ -96,6 +122,14 @@ def fuse_attention(attention: DMAttention) -> None:
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
 
 
+def fuse_ssd(ssd: SSDMixer) -> None:
+    """Put c, b, x and dt into one product."""
+    parts = [ssd.c_proj, ssd.b_proj, ssd.x_proj, ssd.dt_proj]
+    ssd.fused = FusedProjection([part.weight for part in parts], [part.bias for part in parts])
+    ssd.project = ssd.fused.__call__
+    del ssd.c_proj, ssd.b_proj, ssd.x_proj, ssd.dt_proj
+
+
 def fuse_mlp(mlp: GatedMLP) -> None:
     """Put gate and up into one product."""
     parts = [mlp.gate_proj, mlp.up_proj]
@@ -115,6 +149,8 @@ class StepGraph(nn.Module):
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
                     fuse_attention(module)
+                elif isinstance(module, SSDMixer):
+                    fuse_ssd(module)
                 elif isinstance(module, GatedMLP):
                     fuse_mlp(module)
 
