@@ -4,8 +4,7 @@
     attention, mask added      Attention            grouped heads, one a layer
     rotary positions           RotaryEmbedding      cosines and sines computed once a step
     norms                      RMSNormalization
-    q, k, v and the bias's dt  MatMul               one product, the weights side by side
-    gate and up                MatMul               one product
+    q, k, v                    MatMul               one product, the weights side by side
 
 B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/value heads, d head size, V vocabulary.
 """
@@ -26,7 +25,6 @@ from runtime.artifact import INPUTS
 from wm_models import LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
-from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
 from wm_models.ssd import SSDMixer, recur, scan_chunks
 
@@ -40,14 +38,14 @@ class OnnxPass(StepPass):
         cosine, sine = (table.to(x.dtype) for table in self.rotation)
         return torch.onnx.ops.rotary_embedding(x, cosine, sine)
 
-    def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
-
     def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         return super().carry(layer, partial(advance, by_length=_recur_or_scan))
 
     def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new
+
+    def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
 
     def attend_masked(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
@@ -62,19 +60,25 @@ def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str,
 def _recur_or_scan(
     c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both forms of SSD under an If: a decode step would spend a third of its time on the small nodes of chunks."""
-    length = x.shape[2]
+    """Both forms of SSD under an If: in a decode step the small nodes of chunks would cost more than their products."""
+    inputs = (c, b, x, log_decay, state)
 
-    def one(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, new = recur(*(part[:, :, :1] for part in inputs[:4]), inputs[4])
-        return y.expand(-1, -1, length, -1).clone(memory_format=torch.contiguous_format), new
+    def one(
+        c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        y, new = recur(c[:, :, :1], b[:, :, :1], x[:, :, :1], log_decay[:, :, :1], state)
+        return _dense(y.expand(-1, -1, x.shape[2], -1)), _dense(new)
 
-    def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # the branches' results must have the same strides
-        y, new = (part.clone(memory_format=torch.contiguous_format) for part in scan_chunks(*inputs, chunk))
-        return y, new
+    def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, new = scan_chunks(*inputs, chunk=chunk)  # type: ignore[call-arg]
+        return _dense(y), _dense(new)
 
-    return torch.cond(length == 1, one, many, (c, b, x, log_decay, state))
+    return torch.cond(x.shape[2] == 1, one, many, inputs)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """A copy in the order of its dimensions, for what two branches give must have the same strides."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
@@ -83,59 +87,60 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     return op.Softplus(x)
 
 
-class FusedProjection(nn.Module):
-    """Linear layers over one input as one matrix product, cut apart afterwards."""
+class HeadProjection(nn.Module):
+    """Linear layers over one input as one product, whose heads are put in front of the tokens once for all."""
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]):
+    def __init__(self, parts: Sequence[nn.Linear], head_size: int):
         super().__init__()
-        self.sizes = [weight.shape[0] for weight in weights]
-        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            self.bias = nn.Parameter(torch.cat(filled), requires_grad=False)
+        self.head_size = head_size
+        self.heads = [part.out_features // head_size for part in parts]
+        self.weight = _fixed(torch.cat([part.weight for part in parts]))
+        biased = parts[0].bias is not None
+        self.bias = _fixed(torch.cat([part.bias for part in parts])) if biased else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        heads = F.linear(x, self.weight, self.bias).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+        return heads.split(self.heads, dim=1)
+
+
+class AttentionProjection(HeadProjection):
+    """Query, key and value as one product.
+
+    dt is a product of its own, over x: dt is linear in the value and the value in x, so its weight on x is a product of
+    two (taken in float64). It is repeated for every query head: a row of the mask is then a row of the bias cache.
+    """
+
+    def __init__(self, attention: DMAttention):
+        value, dt = attention.v_proj, attention.dt_proj
+        super().__init__((attention.q_proj, attention.k_proj, value), attention.head_size)
+        repeat = self.heads[0] // attention.A.shape[0]
+        self.dt_weight = _fixed((dt.weight.double() @ value.weight.double()).repeat_interleave(repeat, 0), dt.weight)
+        self.dt_bias = None
+        if dt.bias is not None:
+            bias = dt.bias.double() + dt.weight.double() @ value.bias.double()
+            self.dt_bias = _fixed(bias.repeat_interleave(repeat), dt.bias)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return *super().forward(x), F.linear(x, self.dt_weight, self.dt_bias)
+
+
+def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
+    return nn.Parameter(value if like is None else value.to(like.dtype), requires_grad=False)
 
 
 def fuse_attention(attention: DMAttention) -> None:
-    """Put q, k, v and dt into one product.
-
-    dt is linear in the value and the value in x, so dt's weight on x is a product of two (taken in float64). It is
-    repeated for every query head: a row of the mask is then a row of the bias cache, with nothing to expand.
-    """
-    heads = attention.q_proj.out_features // attention.head_size
-    repeat = heads // attention.A.shape[0]
-    value, dt = attention.v_proj, attention.dt_proj
-    weight = (dt.weight.double() @ value.weight.double()).to(dt.weight.dtype)
-    bias = dt.bias
-    if dt.bias is not None:
-        bias = (dt.bias.double() + dt.weight.double() @ value.bias.double()).to(dt.weight.dtype)
-        bias = bias.repeat_interleave(repeat)
-    parts = [attention.q_proj, attention.k_proj, value]
-    attention.fused = FusedProjection(
-        [*(part.weight for part in parts), weight.repeat_interleave(repeat, 0)], [*(part.bias for part in parts), bias]
-    )
+    """Put q, k and v into one product; see `AttentionProjection`."""
+    attention.fused = AttentionProjection(attention)
     attention.project = attention.fused.__call__
-    attention.A = nn.Parameter(attention.A.repeat_interleave(repeat), requires_grad=False)
+    attention.A = _fixed(attention.A.repeat_interleave(attention.fused.dt_weight.shape[0] // attention.A.shape[0]))
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
 
 
 def fuse_ssd(ssd: SSDMixer) -> None:
-    """Put c, b, x and dt into one product."""
-    parts = [ssd.c_proj, ssd.b_proj, ssd.x_proj, ssd.dt_proj]
-    ssd.fused = FusedProjection([part.weight for part in parts], [part.bias for part in parts])
-    ssd.project = ssd.fused.__call__
-    del ssd.c_proj, ssd.b_proj, ssd.x_proj, ssd.dt_proj
-
-
-def fuse_mlp(mlp: GatedMLP) -> None:
-    """Put gate and up into one product."""
-    parts = [mlp.gate_proj, mlp.up_proj]
-    mlp.fused = FusedProjection([part.weight for part in parts], [part.bias for part in parts])
-    mlp.project = mlp.fused.__call__
-    del mlp.gate_proj, mlp.up_proj
+    """Put c, b and x into one product."""
+    ssd.fused = HeadProjection((ssd.c_proj, ssd.b_proj, ssd.x_proj), ssd.head_size)
+    ssd.project_heads = ssd.fused.__call__
+    del ssd.c_proj, ssd.b_proj, ssd.x_proj
 
 
 class StepGraph(nn.Module):
@@ -151,8 +156,6 @@ class StepGraph(nn.Module):
                     fuse_attention(module)
                 elif isinstance(module, SSDMixer):
                     fuse_ssd(module)
-                elif isinstance(module, GatedMLP):
-                    fuse_mlp(module)
 
     def forward(
         self,

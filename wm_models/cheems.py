@@ -1,5 +1,6 @@
-"""Cheems (paper, section 4): a hybrid decoder, whose layers are state space duality but for one attention in a period."""
+"""Cheems (paper, section 4): a hybrid decoder of state space duality, with one layer of attention in a period."""
 
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 from .attention import DMAttention
@@ -25,7 +26,6 @@ class CheemsDecoderLayer(DecoderLayer):
 
 class CheemsPreTrainedModel(DecoderPreTrainedModel):
     config_class = CheemsConfig
-    config: CheemsConfig
     _no_split_modules = ["CheemsDecoderLayer"]
 
 
@@ -36,10 +36,11 @@ class CheemsModel(CheemsPreTrainedModel, DecoderModel):
 
     def __init__(self, config: CheemsConfig):
         super().__init__(config)
-        if len(set(config.layer_types)) == 1:
+        attention = config.layer_types.count("full_attention")
+        if attention in (0, config.num_hidden_layers):
             logger.warning(
                 f"attn_layer_period {config.attn_layer_period} and attn_layer_offset {config.attn_layer_offset} make "
-                f"all {config.num_hidden_layers} layers {config.layer_types[0]}"
+                f"all {config.num_hidden_layers} layers {'attention' if attention else 'SSD'}"
             )
 
 
@@ -47,3 +48,8 @@ class CheemsForCausalLM(CheemsPreTrainedModel, DecoderForCausalLM):
     """Cheems with its language-model head."""
 
     model_class = CheemsModel
+
+
+AutoConfig.register(CheemsConfig.model_type, CheemsConfig)
+AutoModel.register(CheemsConfig, CheemsModel)
+AutoModelForCausalLM.register(CheemsConfig, CheemsForCausalLM)

@@ -83,7 +83,6 @@ class CheemsConfig(DogeConfig):
     ssd_chunk_size: int = 64
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
         for name in ("attn_layer_period", "ssd_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -92,14 +91,20 @@ class CheemsConfig(DogeConfig):
                 f"attn_layer_offset is {self.attn_layer_offset}; expected 0 to attn_layer_period - 1, "
                 f"{self.attn_layer_period - 1}"
             )
+        super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
-        """Each layer's kind, in transformers' words: its caches read them."""
-        return [
+        """Each layer's kind, in transformers' words: its caches read them.
+
+        They count tokens in attention layers only. Where there is none, the first layer is called "hybrid", which
+        gives it room to count them.
+        """
+        types = [
             "full_attention" if layer % self.attn_layer_period == self.attn_layer_offset else "linear_attention"
             for layer in range(self.num_hidden_layers)
         ]
+        return types if "full_attention" in types else ["hybrid", *types[1:]]
 
 
 def _check_multiple(name: str, value: int, of: str, divisor: int) -> None:

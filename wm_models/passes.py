@@ -87,8 +87,10 @@ class CachedPass:
             self.padding = None if attention_mask is None else attention_mask[:, None].bool()
         else:
             self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
+        self.kinds = getattr(config, "layer_types", ())
         self.real = real_tokens(attention_mask, length, past_length(cache))
-        self.first = (position_ids == 0)[:, None]
+        first = (position_ids == 0)[:, None]
+        self.first = first if self.real is None else first & self.real
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
@@ -99,6 +101,9 @@ class CachedPass:
         y, state = advance(state=state, real=self.real, first=self.first)
         if self.cache is not None:
             self.cache.update_recurrent_state(state, layer)
+            if self.kinds[layer] == "hybrid":
+                count = y.new_zeros(y.shape[0], 1, y.shape[2], 1)
+                self.cache.update(count, count, layer)
         return y
 
     def attend(
@@ -143,11 +148,12 @@ class StepPass:
     ):
         self.caches, self.keep = caches, config.keep_window_size
         self.written: list[LayerCache] = []
+        self.hidden: torch.Tensor | None = None
         steps = torch.arange(length, device=cache_lengths.device)
         self.positions = cache_lengths[:, None] + steps  # (B, S)
         self.rotation = rotary(self.positions, cache_lengths + sequence_lengths)
         self.real = (steps < sequence_lengths[:, None])[:, None]  # (B, 1, S)
-        self.first = (self.positions == 0)[:, None]
+        self.first = (self.positions == 0)[:, None] & self.real
         # without an attention layer there is no capacity, and nothing of what follows is read
         capacity = next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), length)
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
@@ -185,11 +191,15 @@ class StepPass:
             self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
         )
         self.written.append(cache)
-        biases, visible = cache.bias.transpose(2, 3), self.visible  # (B, Hm, 1, C)
+        biases = cache.bias.transpose(2, 3)  # (B, Hm, 1, C)
+        lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
-        if not statically_known_true(biases.shape[3] <= self.keep):
-            visible = keep_largest(biases, visible, self.keep)
-        mask = torch.where(visible, biases, torch.finfo(biases.dtype).min)  # (B, Hm, S, C)
+        if statically_known_true(biases.shape[3] <= self.keep):
+            if self.hidden is None:  # once for all layers
+                self.hidden = torch.where(self.visible, biases.new_zeros(()), lowest)
+            mask = biases + self.hidden  # (B, Hm, S, C)
+        else:
+            mask = torch.where(keep_largest(biases, self.visible, self.keep), biases, lowest)
         if mask.shape[1] != query.shape[1]:
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return self.attend_masked(query, cache.key, cache.value, mask)

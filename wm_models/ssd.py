@@ -1,7 +1,9 @@
 """State space duality (paper, section 3.1): a linear recurrence, computed in matrix products over chunks.
 
-    S_t = exp(dt_t · A) · S_{t-1} + (dt_t · x_t) ⊗ b_t        S: (P, N) a head, zeros before the first token
+    S_t = exp(dt_t · A) · S_{t-1} + (dt_t · x_t) ⊗ b_t        zeros before the first token
     y_t = S_t · c_t
+
+S is kept transposed, (N, P) a head, so that a row y is the row c times it.
 
 B batch, S tokens, D hidden size, H heads, d head size; in a scan P is the size of x and N that of b and c (in a model
 both are d), n chunks of Q tokens each.
@@ -50,14 +52,14 @@ class SSDMixer(nn.Module):
         heads, size = self.A_log.shape[0], self.head_size
         return SSDCache(self.A_log.new_zeros(batch, heads, size, size, dtype=state_dtype(self.A_log)))
 
-    def project(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """c, b and x (B, S, H·d), and dt (B, S, H) before its softplus."""
-        return self.c_proj(u), self.b_proj(u), self.x_proj(u), self.dt_proj(u)
+    def project_heads(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """c, b and x, (B, H, S, d) each."""
+        c, b, x = (proj(u).view(*u.shape[:2], -1, self.head_size) for proj in (self.c_proj, self.b_proj, self.x_proj))
+        return c.transpose(1, 2), b.transpose(1, 2), x.transpose(1, 2)
 
     def forward(self, u: torch.Tensor, run: Pass) -> torch.Tensor:
-        c, b, x, dt = self.project(u)
-        heads = (*u.shape[:2], -1, self.head_size)
-        c, b, x = (part.view(heads).transpose(1, 2) for part in (c, b, x))
+        c, b, x = self.project_heads(u)
+        dt = self.dt_proj(u)
         dt = F.softplus(dt.to(state_dtype(dt))).transpose(1, 2)
         A = -self.A_log.to(dt.dtype).exp()
         y = run.carry(self.layer, partial(scan, run.rotate(c), run.rotate(b), x, dt, A, self.chunk))
@@ -118,7 +120,7 @@ def scan(
     first: torch.Tensor | None = None,
     by_length: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence over S tokens: y (B, H, S, P), and the state after them (B, H, P, N).
+    """The recurrence over S tokens: y (B, H, S, P), and the state after them (B, H, N, P).
 
     c and b (B, H, S, N); x (B, H, S, P); dt (B, H, S) and A (H), in `state_dtype`; `chunk`, the most tokens a chunk
     takes; the state before them, None for zeros. Tokens that are not `real`, bool (B, 1, S), leave the state as it
@@ -132,7 +134,7 @@ def scan(
         log_decay = torch.where(first, CLEARED, log_decay)
     x = (x * dt[..., None]).to(x.dtype)
     if state is None:
-        state = dt.new_zeros(*x.shape[:2], x.shape[3], b.shape[3])
+        state = dt.new_zeros(*x.shape[:2], b.shape[3], x.shape[3])
     if by_length is None:
         by_length = recur if statically_known_true(x.shape[2] == 1) else scan_chunks
     return by_length(c, b, x, log_decay, state, chunk)
@@ -142,8 +144,8 @@ def recur(
     c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor, _: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token: as `scan_chunks`, for S = 1."""
-    state = log_decay.exp()[..., None] * state + (x.mT * b).to(state.dtype)
-    return (state @ c.mT.to(state.dtype)).mT.to(x.dtype), state
+    state = log_decay.exp()[..., None] * state + (b.mT * x).to(state.dtype)
+    return (c.to(state.dtype) @ state).to(x.dtype), state
 
 
 def scan_chunks(
@@ -167,13 +169,13 @@ def scan_chunks(
     decay = decays(log_decay)  # (B, H, n, Q, Q)
     y = ((c @ b.mT) * decay).to(x.dtype) @ x
     # What each chunk adds to the state by its end; from that, the state that enters each chunk, and the last one.
-    added = (x * decay[..., -1, :, None]).to(x.dtype).mT @ b  # (B, H, n, P, N)
+    added = (b * decay[..., -1, :, None]).to(b.dtype).mT @ x  # (B, H, n, N, P)
     summed = log_decay.cumsum(-1)
     between = decays(F.pad(summed[..., -1], (1, 0)))  # (B, H, n + 1, n + 1)
     states = torch.cat([state[:, :, None], added.to(state.dtype)], dim=2).flatten(3)
     states = (between @ states).to(state.dtype).unflatten(3, state.shape[2:])
     # What each token reads of the state that entered its chunk.
-    y = y + (summed.exp()[..., None] * (c @ states[:, :, :-1].mT.to(c.dtype))).to(y.dtype)
+    y = y + (summed.exp()[..., None] * (c @ states[:, :, :-1].to(c.dtype))).to(y.dtype)
     return y.reshape(batch, heads, count * each, size).narrow(2, 0, length), states[:, :, -1]
 
 
