@@ -91,6 +91,8 @@ class CheemsConfig(DogeConfig):
                 f"attn_layer_offset is {self.attn_layer_offset}; expected 0 to attn_layer_period - 1, "
                 f"{self.attn_layer_period - 1}"
             )
+        if self.sliding_window is not None:
+            raise ValueError(f"sliding_window is {self.sliding_window}; Cheems has none, so expected None")
         super().__post_init__(**kwargs)
 
     @property

@@ -88,7 +88,7 @@ class CachedPass:
         else:
             self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
         self.kinds = getattr(config, "layer_types", ())
-        self.real = real_tokens(attention_mask, length, past_length(cache))
+        self.real = real_tokens(attention_mask, length, past_length(cache)) if self.kinds else None
         first = (position_ids == 0)[:, None]
         self.first = first if self.real is None else first & self.real
 
