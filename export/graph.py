@@ -25,6 +25,7 @@ from runtime.artifact import INPUTS
 from wm_models import LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
+from wm_models.experts import ExpertMLP
 from wm_models.passes import StepPass
 from wm_models.ssd import SSDMixer, recur, scan_chunks
 
@@ -143,6 +144,16 @@ def fuse_ssd(ssd: SSDMixer) -> None:
     del ssd.c_proj, ssd.b_proj, ssd.x_proj
 
 
+def unfuse_experts(mlp: ExpertMLP) -> None:
+    """Let the chosen experts' rows be gathered, then multiplied: torch's kernels that copy none are not in ONNX."""
+
+    def mix(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        strength = mlp.act_fn((mlp.down_embed(experts) @ x[..., None])[..., 0]) * weights
+        return (strength[:, None] @ mlp.up_embed(experts))[:, 0]
+
+    mlp.mix = mix
+
+
 class StepGraph(nn.Module):
     """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
 
@@ -156,6 +167,8 @@ class StepGraph(nn.Module):
                     fuse_attention(module)
                 elif isinstance(module, SSDMixer):
                     fuse_ssd(module)
+                elif isinstance(module, ExpertMLP):
+                    unfuse_experts(module)
 
     def forward(
         self,

@@ -3,7 +3,8 @@
 from .checkpoint import CheckpointError
 from .cheems import CheemsForCausalLM, CheemsModel
 from .configuration import CheemsConfig, DogeConfig
-from .doge import DogeForCausalLM, DogeModel
+from .doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
+from .modules import CDMoE, DMAttn
 from .passes import LayerCache
 from .presets import PRESETS, create, preset
 from .ssd import SSD
@@ -12,12 +13,15 @@ from .tokenizer import shipped_tokenizer
 __all__ = [
     "PRESETS",
     "SSD",
+    "CDMoE",
     "CheckpointError",
     "CheemsConfig",
     "CheemsForCausalLM",
     "CheemsModel",
+    "DMAttn",
     "DogeConfig",
     "DogeForCausalLM",
+    "DogeForSequenceClassification",
     "DogeModel",
     "LayerCache",
     "create",
