@@ -16,11 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .attention import DMAttention, Pass
+from .attention import DMAttention, Pass, document_index
 from .checkpoint import checked_directory
 from .configuration import DogeConfig
 from .layers import CDMoE, GatedMLP, RotaryEmbedding
-from .losses import load_balancing_loss
+from .losses import language_model_loss, load_balancing_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
 
 
@@ -113,17 +113,21 @@ class DogeModel(DogePreTrainedModel):
         **_: Any,
     ) -> MoeModelOutputWithPast:
         """As in transformers: input_ids (B, S) int64 or inputs_embeds (B, S, D); attention_mask (B, L) of ones and
-        zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use."""
+        zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use. Without mask and cache, a
+        position that does not follow the one before it begins another document, which sees nothing of the earlier."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        documents = None
         if position_ids is None:
             steps = torch.arange(x.shape[1], device=x.device)
             position_ids = (steps + past_length(past_key_values))[None]
+        elif attention_mask is None and past_key_values is None:
+            documents = document_index(position_ids)
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
-        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values)
+        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values, documents)
         last, inputs, routers = self.run(x, run)
         return MoeModelOutputWithPast(
             last_hidden_state=last,
@@ -169,11 +173,15 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Inputs as `DogeModel.forward`; labels (B, S) int64, -100 where there is none; `logits_to_keep` the number of
-        last positions (0: all), or their indices. Returns logits (B, S, V) and, with labels, the loss, to which
-        `output_router_logits` adds `router_aux_loss_coef` times the routers' load-balancing loss."""
+        last positions (0: all), or their indices. Returns logits (B, S, V) unless `skip_logits`, by default in training
+        with labels, and, with labels, the loss: the sum over all predictions divided by `num_items_in_batch`, by
+        default their number, to which `output_router_logits` adds `router_aux_loss_coef` times the routers'
+        load-balancing loss."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -186,9 +194,14 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        if labels is not None:
+            loss = language_model_loss(hidden, self.lm_head.weight, labels, num_items_in_batch)
         aux_loss = None
         if outputs.router_logits is not None:
             aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
@@ -196,7 +209,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
-            logits=logits,
+            logits=logits,  # type: ignore[arg-type]
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
