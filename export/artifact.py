@@ -15,11 +15,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from runtime.artifact import SCHEMA, file_hash
-from wm_models import DogeForCausalLM
+from runtime.artifact import INPUTS, SCHEMA, file_hash
+from wm_models.decoder import DecoderForCausalLM
 
 from .errors import ExportError
-from .graph import state_names, widen
+from .graph import widen
 
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
 MANIFEST, VERIFICATION = "manifest.json", "verification.json"
@@ -34,8 +34,11 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     until the new one is whole.
     """
     check_free(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
     new.chmod(0o755)
     try:
         yield new
@@ -44,6 +47,10 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(new, out)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.filename is None:  # as the libraries that write weights raise it
+            error.filename = str(out)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -72,19 +79,19 @@ def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
 
 
 def describe(
-    graph: ir.Model, config: dict[str, Any], parameters: int, layers: int, *, dtype: str, logits: str,
-    max_batch: int, max_length: int,
+    graph: ir.Model, config: dict[str, Any], parameters: int, *, dtype: str, logits: str, max_batch: int,
+    max_length: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest but for its file list and its verdict."""
-    inputs = {value.name: value for value in graph.graph.inputs}
     states = [
         {
-            "input": name,
-            "output": f"{name}.out",
-            "shape": [dim if isinstance(dim, int) else str(dim) for dim in inputs[name].shape or ()],
-            "dtype": dtype,
+            "input": value.name,
+            "output": f"{value.name}.out",
+            "shape": [dim if isinstance(dim, int) else str(dim) for dim in value.shape or ()],
+            "dtype": str((value.dtype or ir.DataType.UNDEFINED).numpy()),
         }
-        for name in state_names(layers)
+        for value in graph.graph.inputs
+        if value.name not in INPUTS
     ]
     packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
     return {
@@ -106,7 +113,7 @@ def describe(
     }
 
 
-def parameter_count(model: DogeForCausalLM) -> int:
+def parameter_count(model: DecoderForCausalLM) -> int:
     """Distinct parameters, a tied one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 

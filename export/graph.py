@@ -12,6 +12,7 @@ B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/val
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,13 +22,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from runtime.artifact import INPUTS
-from wm_models import DogeForCausalLM, LayerCache
+from wm_models import LayerCache
 from wm_models.attention import DMAttention
+from wm_models.decoder import DecoderForCausalLM
 from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
 
 OPSET = 24
-STATES = LayerCache._fields
 
 
 class OnnxPass(StepPass):
@@ -104,11 +105,12 @@ def fuse_mlp(mlp: GatedMLP) -> None:
 
 
 class StepGraph(nn.Module):
-    """`DogeForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
+    """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
 
-    def __init__(self, model: DogeForCausalLM, all_logits: bool):
+    def __init__(self, model: DecoderForCausalLM, all_logits: bool):
         super().__init__()
         self.model, self.all_logits = model, all_logits
+        self.kinds = [type(cache) for cache in model.new_caches(1, 1)]
         with torch.no_grad():
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
@@ -123,41 +125,46 @@ class StepGraph(nn.Module):
         sequence_lengths: torch.Tensor,
         *states: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        width = len(STATES)
-        caches = [LayerCache(*states[i : i + width]) for i in range(0, len(states), width)]
+        rest = iter(states)
+        caches = [kind(*(next(rest) for _ in kind._fields)) for kind in self.kinds]
         logits, caches = self.model.step(
             input_ids, cache_lengths, sequence_lengths, caches, all_logits=self.all_logits, pass_type=OnnxPass
         )
         return (logits, *(state for cache in caches for state in cache))
 
 
-def state_names(layers: int) -> list[str]:
+def state_names(caches: Sequence[LayerCache]) -> list[str]:
     """The states' input names in the graph's order; an output is named as its input, with `.out` behind."""
-    return [f"layers.{layer}.{name}" for layer in range(layers) for name in STATES]
+    return [f"layers.{layer}.{name}" for layer, cache in enumerate(caches) for name in cache._fields]
 
 
-def lower(model: DogeForCausalLM, *, max_batch: int, max_length: int, all_logits: bool) -> ir.Model:
+def lower(model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_logits: bool) -> ir.Model:
     """The step graph of `model`, whose parameters it takes over. Batch, sequence and capacity are dynamic.
 
     Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), int64, and the states; outputs `logits`
     (B, 1, V), or (B, S, V) with `all_logits`, and the states.
     """
     graph = StepGraph(model, all_logits).eval()
-    names = state_names(model.config.num_hidden_layers)
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
-    caches = model.new_caches(2, 7)
+    caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
+    names = state_names(caches)
+    states = [state for cache in caches for state in cache]
     sample = (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([3, 2]))
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
-    shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple({0: batch, 2: capacity} for _ in names))
+    growing = [  # the dimensions that a larger capacity makes larger
+        {at: capacity for at in range(state.ndim) if state.shape[at] != larger.shape[at]}
+        for state, larger in zip(states, (state for cache in roomier for state in cache), strict=True)
+    ]
+    shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple({0: batch, **dims} for dims in growing))
     # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            (*sample, *(state for cache in caches for state in cache)),
+            (*sample, *states),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,

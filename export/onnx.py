@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from wm_models import DogeForCausalLM
+from wm_models.decoder import DecoderForCausalLM
 
 from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
@@ -63,14 +63,14 @@ def export_onnx(
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
         name = str(torch_dtype).removeprefix("torch.")
-        config, layers, parameters = model.config.to_dict(), model.config.num_hidden_layers, parameter_count(model)
+        config, parameters = model.config.to_dict(), parameter_count(model)
         model.to(dtype=torch_dtype)  # type: ignore[call-arg]
         graph = lower(model, max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
         stage("writing")
         save_graph(graph, directory, name)
         manifest = describe(
-            graph, config, parameters, layers, dtype=name, logits=logits, max_batch=max_batch, max_length=max_length
-        )  # fmt: skip
+            graph, config, parameters, dtype=name, logits=logits, max_batch=max_batch, max_length=max_length
+        )
         del model, graph  # one copy of the weights at a time
         write_manifest(directory, manifest, verified=False)
         stage("verifying")
@@ -78,7 +78,7 @@ def export_onnx(
         return check_and_record(directory, manifest, reference, origin, report)
 
 
-def checked_length(model: DogeForCausalLM, max_length: int | None) -> int:
+def checked_length(model: DecoderForCausalLM, max_length: int | None) -> int:
     """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
     rope = model.config.rope
     limit = model.config.max_position_embeddings

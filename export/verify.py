@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from runtime import Engine, load
 from runtime.artifact import read_artifact
-from wm_models import DogeForCausalLM
+from wm_models.decoder import DecoderForCausalLM
 
 from .artifact import MANIFEST, VERIFICATION, write_json, write_manifest
 from .errors import ExportError
@@ -71,7 +71,7 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
     return cases
 
 
-def eager_logits(model: DogeForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
+def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
     """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
 
     Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it: then the reference
@@ -130,7 +130,7 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], dty
 class Reference:
     """The eager model's answers to a plan, taken before the model is lowered and used up."""
 
-    def __init__(self, model: DogeForCausalLM, cases: list[Case], seed: int = 0):
+    def __init__(self, model: DecoderForCausalLM, cases: list[Case], seed: int = 0):
         draw = np.random.default_rng(seed)
         self.cases = cases
         self.sequences: list[list[np.ndarray]] = []

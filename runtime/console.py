@@ -29,8 +29,10 @@ def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ())
             raise
         usage = type(error).__module__.startswith(("click", "typer"))  # typer may carry its own click
         if usage:
-            if not (message := getattr(error, "format_message", lambda: "")()):
-                sys.exit(2)  # the help text was the answer
+            message = getattr(error, "format_message", lambda: "")()
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(message, file=sys.stderr)
+                sys.exit(2)
             _leave(f"{name}: error: {message} (see {name} --help)", 2)
         if isinstance(error, failures):
             _leave(f"{name}: failed: {error}", 1)

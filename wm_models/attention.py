@@ -5,7 +5,7 @@ Hm rows of the bias (K or H), w keys kept.
 """
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -31,12 +31,20 @@ class Pass(Protocol):
         ...
 
 
+class AttentionCache(NamedTuple):
+    """One attention layer's static cache. Row j of a slot is the token at position j."""
+
+    key: torch.Tensor  # (B, K, C, d), rotated
+    value: torch.Tensor  # (B, K, C, d)
+    bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
+
+
 class DMAttention(nn.Module):
     """One attention layer: (B, S, D) -> (B, S, D), with positions and caches supplied by the pass."""
 
     def __init__(self, config: DogeConfig, layer: int):
         super().__init__()
-        self.layer, self.head_size = layer, config.head_size
+        self.layer, self.head_size, self.key_value_heads = layer, config.head_size, config.key_value_heads
         inner, narrow = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
@@ -46,6 +54,11 @@ class DMAttention(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
+
+    def new_cache(self, batch: int, capacity: int) -> AttentionCache:
+        """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""
+        sizes = (self.key_value_heads, self.head_size), (self.key_value_heads, self.head_size), (self.A.shape[0], 1)
+        return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (B, S, H·d), key and value (B, S, K·d), and the bias's dt (B, S, Hm)."""
@@ -136,11 +149,17 @@ def attend_packed(
 
 
 def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
-    """Of each query's visible keys, those with the `keep` largest biases: bool (B, Hm, S, L).
+    """Of each query's visible keys, the `keep` with the largest biases: bool (B, Hm, S, L), never more than `keep`.
 
-    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Keys that tie with the last one kept are kept too, so the choice does
-    not depend on how a machine sorts. With L <= keep every visible key is kept.
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Of equal biases the later key goes first, so where all are equal
+    (A = 0, as training starts) what is kept is a sliding window. Top-k is asked only for the keep-th largest value,
+    and ties with it are counted, so the choice does not depend on how a machine sorts. With L <= keep every visible
+    key is kept.
     """
     ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
     count: int = torch.sym_min(keep, bias.shape[-1])  # type: ignore[assignment]
-    return visible & (ranked >= ranked.topk(count, dim=-1).values[..., -1:])
+    last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    larger, tied = ranked > last, ranked == last
+    # of a tied key: how many keys are larger, or equal and later
+    ahead = (larger | tied).sum(-1, keepdim=True, dtype=torch.int32) - tied.cumsum(-1, dtype=torch.int32)
+    return visible & (larger | tied & (ahead < keep))

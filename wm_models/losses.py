@@ -15,31 +15,31 @@ CHUNK_LOGITS = 2**23
 MOST_CHUNKS = 16
 
 
-def language_model_loss(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross entropy of the next token under `hidden @ head.T`, in float32: a scalar.
+def count_predictions(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens `labels` (B, S) have predicted: a scalar."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token under `hidden @ head.T`, in float32: a scalar.
 
     hidden (B, S, D); head (V, D); labels (B, S) int64, of which position s predicts s + 1, `IGNORED` where there is
-    none. The sum over all predictions is divided by `count`, by default their number.
+    none. Zero where nothing is predicted.
 
-    The logits exist for one chunk of tokens at a time, and the gradients are made from them there and then, so nothing
-    is computed twice and memory does not grow with B · S · V.
+    The logits exist for one chunk of tokens at a time, and the gradients are made from them there and then: nothing is
+    computed twice, and memory does not grow with B · S · V.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    if count is None:
-        count = (targets != IGNORED).sum()
     train = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets, train) / count
+    total = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets, train)
+    return total / count_predictions(labels).clamp(min=1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies; hidden (N, D), head (V, D), targets (N)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, train: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, train: bool) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         rows, matrix = hidden.to(dtype), head.to(dtype)
@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if train:
                 gradient = torch.where(real, (logits - normaliser).exp() - (vocabulary == target).float(), 0).to(dtype)
                 grad_hidden.append(gradient @ matrix)
-                grad_head = grad_head + gradient.T @ row
+                grad_head += gradient.T @ row
         if train:
             ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_head.to(head.dtype))
         return total

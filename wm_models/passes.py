@@ -5,7 +5,7 @@ Hm rows of the bias, w keys kept.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .attention import attend_packed, keep_largest, pack_keys
+from .attention import AttentionCache, attend_packed, keep_largest, pack_keys
 from .configuration import DogeConfig
 from .layers import RotaryEmbedding, rotate
+
+LayerCache: TypeAlias = AttentionCache
 
 
 def past_length(cache: Cache | None) -> int | torch.Tensor:
@@ -104,14 +106,6 @@ def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
     return packed_key[..., size:].transpose(2, 3).flatten(1, 2)
 
 
-class LayerCache(NamedTuple):
-    """One attention layer's static cache. Row j of a slot is the token at position j."""
-
-    key: torch.Tensor  # (B, K, C, d), rotated
-    value: torch.Tensor  # (B, K, C, d)
-    bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
-
-
 class StepPass:
     """A chunk of new tokens for each slot of static caches, which are written in place.
 
@@ -153,7 +147,7 @@ class StepPass:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         old = self.caches[layer]
-        cache = LayerCache(
+        cache = AttentionCache(
             self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
         )
         self.written.append(cache)

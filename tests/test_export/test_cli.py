@@ -55,6 +55,7 @@ def test_generate_verify_inspect_bench(artifact):
         ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "many"], "--max-length"),
         ("export", ["onnx", "doge-20m", "--out", "ARTIFACT"], "not empty"),
         ("export", ["onnx", "doge-20m", "--out", "OUT", "--max-length", "4096"], "2048"),
+        ("export", ["onnx", "doge-20m", "--out", "/proc/out"], "/proc/out: cannot be written"),
         ("export", ["shrink"], "shrink"),
         ("export", ["verify", "/nowhere"], "/nowhere"),
         ("export", ["inspect", "/nowhere"], "/nowhere"),
@@ -76,6 +77,12 @@ def test_errors_are_one_line_and_exit_2(artifact, tmp_path, module, arguments, w
     assert done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_command_shows_its_help():
+    done = command("runtime")
+    assert done.returncode == 2
+    assert "\n  generate " in done.stderr
 
 
 def test_debug_shows_the_traceback():

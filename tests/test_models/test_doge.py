@@ -1,5 +1,7 @@
 """The model against transformers' own Doge, with the same weights."""
 
+import copy
+
 import pytest
 import torch
 from conftest import ours, rival
@@ -114,8 +116,9 @@ def test_step(variant, tokens):
 
 @torch.no_grad()
 def test_token_routing_is_causal_and_equals_transformers_token_by_token(tokens):
-    theirs = rival(is_moe=True, num_experts=64, num_experts_per_tok=5)
-    mine, cache = ours(theirs, expert_routing="token"), None
+    """In float64: these weights amplify float32's rounding to more than the limit."""
+    theirs = rival(is_moe=True, num_experts=64, num_experts_per_tok=5).double()
+    mine, cache = ours(theirs, expert_routing="token").double(), None
     whole = mine(tokens[:1, :40]).logits
     assert_close(mine(tokens[:1, :20]).logits, whole[:, :20])
     for at in range(40):
@@ -126,6 +129,7 @@ def test_token_routing_is_causal_and_equals_transformers_token_by_token(tokens):
 
 @pytest.mark.parametrize("mask", [None, "padded"])
 def test_training_loss_and_gradients(pair, tokens, mask):
+    """In float64, where a sum that cancels (that of A's gradient) still has digits to compare."""
     if pair[0].config.norm_topk_prob:
         pytest.skip("transformers' norm_topk_prob writes in place what its own backward pass needs")
     attention_mask = None
@@ -134,19 +138,17 @@ def test_training_loss_and_gradients(pair, tokens, mask):
         attention_mask[1, -13:] = 0
     labels = tokens if attention_mask is None else tokens.masked_fill(attention_mask == 0, -100)
     losses, gradients = [], []
-    for model in pair:
-        model.zero_grad()
+    for model in (copy.deepcopy(model).double() for model in pair):
         extra = {"output_router_logits": True} if model.config.is_moe else {}
         output = model(tokens, attention_mask=attention_mask, labels=labels, **extra)
         output.loss.backward()
         losses.append(output.loss.item())
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         scale = max(1e-3, expected.abs().max().item())
-        assert (gradients[1][name] - expected).abs().max().item() <= 1e-4 * scale, name
+        assert (gradients[1][name] - expected).abs().max().item() <= 2e-5 * scale, name
 
 
 def test_fully_padded_rows_stay_finite(tokens):

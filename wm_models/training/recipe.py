@@ -1,13 +1,8 @@
 """Everything that decides what a training run computes, as a TOML file and in Python."""
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
-
-from .errors import TrainingError
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -44,5 +39,4 @@ class Recipe:
     save_every: int = 500
     saved_dtype: str = "fp32"  # of the finished checkpoint
 
-    def __post_init__(self) -> None:
-        ...
+    def __post_init__(self) -> None: ...

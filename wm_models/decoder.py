@@ -1,0 +1,277 @@
+"""What the models have in common: residual layers of a sequence mixer and a feed-forward, embedding, norm and head.
+
+A model's own file says which mixer its layers hold.
+
+B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabulary, n length of a router's score list.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .attention import DMAttention, Pass, document_index
+from .checkpoint import checked_directory
+from .configuration import DogeConfig
+from .layers import CDMoE, GatedMLP, RotaryEmbedding
+from .losses import count_predictions, load_balancing_loss, next_token_loss
+from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
+
+
+class Mixer(Protocol):
+    """What mixes the tokens of a sequence: (B, S, D) -> (B, S, D), and the state it leaves behind."""
+
+    def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor: ...
+
+    def new_cache(self, batch: int, capacity: int) -> LayerCache:
+        """An empty static cache: a tuple of named tensors whose first dimension is the slot."""
+        ...
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """`r₁·x + mixer(norm(x))`, then `r₂·x + feed_forward(norm(x))`: (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = CDMoE(config) if config.is_moe else GatedMLP(config)
+        self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
+
+    @property
+    def mixer(self) -> Mixer:
+        """The sequence mixer, which a subclass keeps under its checkpoint's name."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output, and its router's scores (B, S, 2, n) where it has experts."""
+        y = self.mixer(self.input_layernorm(x), run)
+        x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
+        y, scores = self.mlp(self.post_attention_layernorm(x))
+        return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    config: DogeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint directory, or a model of the Hugging Face hub, whole or not at all.
+
+        Takes what `transformers.PreTrainedModel.from_pretrained` takes. Raises `CheckpointError`, naming every tensor
+        that is missing, unexpected or of the wrong shape, where the checkpoint is not one of this model.
+        """
+        return super().from_pretrained(checked_directory(cls, source, kwargs), *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DMAttention):
+            init.zeros_(module.A)
+        elif isinstance(module, DecoderLayer):
+            init.ones_(module.input_residual)
+            init.ones_(module.post_attention_residual)
+        elif isinstance(module, CDMoE | RotaryEmbedding):
+            for name, value in module.constants().items():
+                init.copy_(getattr(module, name), value)
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Token ids to hidden states."""
+
+    layer_class: ClassVar[type[Any]]  # of (config, layer's number), a DecoderLayer
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([self.layer_class(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def run(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Every layer and the final norm: (B, S, D) -> (B, S, D), then each layer's input, and its router's scores."""
+        inputs, routers = [], []
+        for layer in self.layers:
+            inputs.append(x)
+            x, scores = layer(x, run)
+            routers.append(scores)
+        return self.norm(x), inputs, routers
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        **_: Any,
+    ) -> MoeModelOutputWithPast:
+        """As in transformers: input_ids (B, S) int64 or inputs_embeds (B, S, D); attention_mask (B, L) of ones and
+        zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use. Without mask and cache, a
+        position that does not follow the one before it begins another document, which sees nothing of the earlier."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        documents = None
+        if position_ids is None:
+            steps = torch.arange(x.shape[1], device=x.device)
+            position_ids = (steps + past_length(past_key_values))[None]
+        elif attention_mask is None and past_key_values is None:
+            documents = document_index(position_ids)
+        rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
+        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values, documents)
+        last, inputs, routers = self.run(x, run)
+        return MoeModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=(*inputs, last) if output_hidden_states else None,
+            router_logits=tuple(routers) if output_router_logits and self.config.is_moe else None,  # type: ignore[arg-type]
+        )
+
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        caches: Sequence[LayerCache],
+        pass_type: type[StepPass] = StepPass,
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """As `DecoderForCausalLM.step`, but returns the hidden states (B, S, D) and the caches."""
+        run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], cache_lengths, sequence_lengths, caches)
+        return self.run(self.embed_tokens(input_ids), run)[0], run.written
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """The base model with its language-model head."""
+
+    model_class: ClassVar[type[DecoderModel]]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Inputs as `DecoderModel.forward`; labels (B, S) int64, -100 where there is none; `logits_to_keep` the number
+        of last positions (0: all), or their indices. Returns logits (B, S, V) unless `skip_logits`, by default in
+        training with labels, and, with labels, the loss: the mean over their predictions, to which
+        `output_router_logits` adds `router_aux_loss_coef` times the routers' load-balancing loss. Where these tokens
+        are a part of a larger batch, `num_items_in_batch` is its number of predictions, and the loss is their share of
+        the batch's."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden, logits, loss, aux_loss = outputs.last_hidden_state, None, None, None
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        if labels is not None:
+            loss = next_token_loss(hidden, self.lm_head.weight, labels)
+        if outputs.router_logits is not None:
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
+            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
+        if loss is not None and num_items_in_batch is not None:
+            loss = loss * count_predictions(labels) / num_items_in_batch
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,  # type: ignore[arg-type]
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: DogeConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """The mask `generate` hands to a compiled forward: none but the padding while the cache is empty."""
+        if is_empty(past_key_values):
+            return attention_mask
+        return visible_keys(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def new_caches(self, batch: int, capacity: int) -> list[LayerCache]:
+        """Empty static caches for `step`, one a layer: `batch` slots of `capacity` tokens, on the model's device."""
+        layers: Any = self.model.layers
+        return [layer.mixer.new_cache(batch, capacity) for layer in layers]
+
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        caches: Sequence[LayerCache],
+        *,
+        all_logits: bool = False,
+        pass_type: type[StepPass] = StepPass,
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """One chunk of tokens for every slot of static caches: the function that is compiled and exported.
+
+        input_ids (B, S) int64, right-padded; cache_lengths (B) int64, the tokens each slot already holds;
+        sequence_lengths (B) int64, each slot's real new tokens (0: the slot is idle and keeps its content).
+        cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
+        cache_lengths + S <= C. Returns logits (B, 1, V) of each slot's last real token, or (B, S, V) with
+        `all_logits`, and the caches, which `StepPass` writes in place.
+        """
+        hidden, caches = self.model.step(input_ids, cache_lengths, sequence_lengths, caches, pass_type)
+        if not all_logits:
+            last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
+            hidden = hidden.gather(1, last)
+        return self.lm_head(hidden), caches
