@@ -2,6 +2,7 @@
 
 from .errors import ExportError, VerificationError
 from .onnx import export_onnx
+from .sign import sign
 from .verify import Comparison, verify
 
-__all__ = ["Comparison", "ExportError", "VerificationError", "export_onnx", "verify"]
+__all__ = ["Comparison", "ExportError", "VerificationError", "export_onnx", "sign", "verify"]

@@ -1,13 +1,17 @@
-"""The artifact directory: written under a temporary name, renamed when whole.
+"""The artifact directory: written under a temporary name, and put in its place when it is whole and on the disk.
 
 B batch, C cache capacity, V vocabulary.
 """
 
+import ctypes
+import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +19,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from runtime.artifact import INPUTS, SCHEMA, file_hash
+from runtime.artifact import INPUTS, MANIFEST, SCHEMA, file_hash
+from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
 
 from .errors import ExportError
 from .graph import widen
 
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
-MANIFEST, VERIFICATION = "manifest.json", "verification.json"
+VERIFICATION = "verification.json"
 SMALLEST_CAPACITY = 256
+PARTIAL = ".partial"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 @contextmanager
@@ -34,25 +41,85 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     until the new one is whole.
     """
     check_free(out, force)
+    out = out.resolve()  # where it is a link, what it leads to is replaced
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        _sweep(out)
+        new, lock = _locked(out)
     except OSError as error:
         raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
-    new.chmod(0o755)
     try:
         yield new
-        old = new.with_suffix(".old")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
-        shutil.rmtree(old, ignore_errors=True)
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if out.exists() and any(out.iterdir()):
+            _exchange(new, out)
+        else:
+            os.rename(new, out)
+        _sync(out.parent)
     except OSError as error:
         if error.filename is None:  # as the libraries that write weights raise it
             error.filename = str(out)
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(out: Path) -> tuple[Path, int]:
+    """A new directory beside `out`, and a lock on it that ends with this process, however that ends."""
+    while True:
+        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
+        lock = os.open(new, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if new.exists():  # no other export swept it away before it was locked
+            new.chmod(0o755)
+            return new, lock
+        os.close(lock)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to `out` left that were killed: unfinished directories that nobody holds locked."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass  # another process is writing it
+        finally:
+            os.close(lock)
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Swap two directories in one step, so that whoever looks finds the old one whole or the new one."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is not None:
+        if swap(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(out), RENAME_EXCHANGE) == 0:
+            return
+        if (code := ctypes.get_errno()) not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code), str(out))
+    # A file system that cannot swap: two steps, and back where the second fails.
+    old = new.with_suffix(".old" + PARTIAL)
+    os.rename(out, old)
+    try:
+        os.rename(new, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or directory on the disk before what refers to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_free(out: Path, force: bool) -> None:
@@ -72,7 +139,17 @@ def capacities(max_length: int) -> list[int]:
 
 
 def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
-    """Write the graph and, beside it in one file, its weights, each once."""
+    """Write the graph and, beside it in one file, its weights, each once.
+
+    What the exporter notes of its own is left out: the places in the sources, with the paths of this machine.
+    """
+    graph.metadata_props.clear()
+    for value in (*graph.graph.inputs, *graph.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in graph.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     ir.save(graph, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
     if dtype == "bfloat16":  # ONNX Runtime's CPU kernels know no bfloat16: a second graph over the same weights
         ir.save(widen(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
@@ -119,17 +196,30 @@ def parameter_count(model: DecoderForCausalLM) -> int:
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any], verified: bool) -> None:
-    """List every file with its size and SHA-256, and write the manifest at once: an artifact has one or has none."""
+    """List every file with its size and SHA-256, and give the verdict."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        if path.name not in (MANIFEST, SIGNATURE)
     }
-    text = json.dumps({**manifest, "files": files, "verified": verified}, indent=2) + "\n"
-    unfinished = directory / f".{MANIFEST}"
-    unfinished.write_text(text)
-    os.replace(unfinished, directory / MANIFEST)
+    write_json(directory / MANIFEST, {**manifest, "files": files, "verified": verified})
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; what was there, and other names of it, stay as they are until then."""
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+
+
+def link_files(directory: Path, new: Path, names: Iterable[str]) -> None:
+    """The same files in another directory of the same file system, at no cost."""
+    for name in names:
+        os.link(directory / name, new / name)

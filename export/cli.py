@@ -1,4 +1,4 @@
-"""The command `wm-export`: onnx, verify, inspect."""
+"""The command `wm-export`: onnx, verify, sign, inspect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ from runtime.console import run
 from .errors import VerificationError
 from .inspection import inspect_artifact
 from .onnx import export_onnx
+from .sign import sign
 from .verify import Comparison, verify, worst
 
 app = typer.Typer(
@@ -51,6 +52,15 @@ def verify_command(
     with console.status("comparing with the eager model …"):
         verdicts = verify(directory, source, _print_verdict)
     _conclude(verdicts, directory)
+
+
+@app.command("sign")
+def sign_command(
+    directory: Annotated[Path, typer.Argument(help="An artifact directory.")],
+    key: Annotated[Path, typer.Option(help="An Ed25519 private key's PEM file.")],
+) -> None:
+    """Sign an artifact, for those who load it with the public key."""
+    console.print(f"signed: {sign(directory, key)}", soft_wrap=True)
 
 
 @app.command("inspect")

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 from runtime import Engine, load
 from runtime.artifact import read_artifact
+from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
 
-from .artifact import MANIFEST, VERIFICATION, write_json, write_manifest
+from .artifact import VERIFICATION, link_files, replacing, write_json, write_manifest
 from .errors import ExportError
 from .source import load_model
 
@@ -157,13 +158,19 @@ def check_and_record(
     report: Callable[[Comparison], None],
 ) -> list[Comparison]:  # fmt: skip
     """Check the artifact in `directory`; only then write verification.json, and the manifest with its verdict."""
-    engine = load(directory, allow_unverified=True)
-    verdicts = reference.check(engine, manifest["graph"]["dtype"], report)
+    verdicts = reference.check(load(directory, allow_unverified=True), manifest["graph"]["dtype"], report)
+    record_verdicts(directory, manifest, origin, verdicts)
+    return verdicts
+
+
+def record_verdicts(
+    directory: Path, manifest: dict[str, Any], origin: dict[str, Any], verdicts: list[Comparison]
+) -> None:
+    """Write verification.json, and the manifest with its verdict."""
     passed = all(verdict.passed for verdict in verdicts)
     record = {"source": origin, "passed": passed, "comparisons": [asdict(verdict) for verdict in verdicts]}
     write_json(directory / VERIFICATION, record)
     write_manifest(directory, manifest, verified=passed)
-    return verdicts
 
 
 def worst(verdicts: list[Comparison]) -> str:
@@ -182,21 +189,30 @@ def verify(
 ) -> list[Comparison]:
     """Repeat the comparison of an artifact with its eager model, and renew its verdict.
 
-    `source`: the checkpoint directory or preset, where it is no longer what verification.json names.
+    `source`: the checkpoint directory or preset, where it is no longer what verification.json names. A signed artifact
+    that passes again stays as it is; where the verdict changes, the signature goes.
     Raises `runtime.ArtifactError` for a damaged artifact, `ExportError` where there is no source to compare with.
     """
     directory = Path(directory)
-    read_artifact(directory, allow_unverified=True)  # every file is as the manifest says
-    manifest = json.loads((directory / MANIFEST).read_text())
+    artifact = read_artifact(directory, allow_unverified=True)
+    manifest = json.loads(artifact.manifest)
     origin = {"source": source, "seed": 0}
     if source is None:
-        record = directory / VERIFICATION
-        if not record.exists():
-            raise ExportError(f"{record}: missing, so the source is unknown; name the checkpoint with --source")
-        origin = json.loads(record.read_text())["source"]
-    model = load_model(origin["source"], origin["seed"])
+        origin = artifact.read_json(VERIFICATION).get("source")
+        if not (isinstance(origin, dict) and isinstance(origin.get("source"), str)):
+            raise ExportError(
+                f"{directory / VERIFICATION}: names no source to compare with; name the checkpoint with --source"
+            )
+    model = load_model(origin["source"], origin.get("seed", 0))
     graph = manifest["graph"]
     reference = Reference(model, plan(graph["max_length"], graph["max_batch"], model.config.keep_window_size))
     del model
+    engine = load(directory, allow_unverified=True)
+    verdicts = reference.check(engine, graph["dtype"], report)
+    if artifact.verified and (directory / SIGNATURE).exists() and all(verdict.passed for verdict in verdicts):
+        return verdicts
     kept = {key: value for key, value in manifest.items() if key not in ("files", "verified")}
-    return check_and_record(directory, kept, reference, origin, report)
+    with replacing(directory, force=True) as new:
+        link_files(directory, new, artifact.files)
+        record_verdicts(new, kept, origin, verdicts)
+    return verdicts

@@ -1,19 +1,38 @@
 """Read an artifact directory, and believe nothing in it that was not checked.
 
+What is read lies in the directory itself and has the size and the SHA-256 that the manifest gives. Of a graph that is
+checked too, what it would make ONNX Runtime read and allocate.
+
 B batch, C cache capacity, V vocabulary.
 """
 
 import hashlib
 import json
+import re
+import stat
 from dataclasses import dataclass
+from math import prod
+from os import PathLike
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from .errors import ArtifactError
+from .onnx_file import OnnxFile, OnnxFormatError, Value, read_onnx
+from .signature import check_signature
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 DTYPES = ("float32", "float16", "bfloat16")
+ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
+DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
+
+# Far beyond any model, and small enough that reading up to them harms no machine.
+MOST_FILES, MOST_STATES, MOST_CAPACITIES = 256, 1 << 14, 64
+MOST_SLOTS, MOST_TOKENS = 1 << 16, 1 << 26
+LARGEST_MANIFEST, LARGEST_TEXT = 4 << 20, 64 << 20  # bytes; texts are what is read whole: JSON files and graphs
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -53,55 +72,67 @@ class File:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact: every listed file has the size and the hash that the manifest gives."""
+    """A checked artifact: every listed file has the size and the hash that the manifest gives.
+
+    `manifest` is the manifest's text, `texts` that of the other JSON files, as they were when they were checked.
+    """
 
     path: Path
+    manifest: bytes
     model_type: str
     parameters: int
     graph: Graph
     files: dict[str, File]
+    texts: dict[str, bytes]
     verified: bool
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A listed JSON file's object; empty where the artifact has no such file."""
-        if name not in self.files:
+        if name not in self.texts:
             return {}
-        return _object(_parse(self.path / name), self.path / name)
+        return _object(_parse(self.texts[name], self.path / name), self.path / name)
 
 
-def read_artifact(directory: Path, allow_unverified: bool = False) -> Artifact:
-    """The artifact in `directory`. Raises `ArtifactError`."""
+def read_artifact(
+    directory: Path, allow_unverified: bool = False, public_key: str | PathLike[str] | bytes | None = None
+) -> Artifact:
+    """The artifact in `directory`; with `public_key` (a PEM file, or its bytes) only if its holder signed it.
+
+    Raises `ArtifactError`.
+    """
     if not directory.is_dir():
         raise ArtifactError(f"{directory}: no such directory; expected an artifact written by wm-export")
-    manifest_path = directory / "manifest.json"
-    if not manifest_path.is_file():
-        raise ArtifactError(f"{directory}: has no manifest.json, so it is no artifact, or its export did not finish")
-    manifest = _Fields(_object(_parse(manifest_path), manifest_path), str(manifest_path))
+    path = directory / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{directory}: has no {MANIFEST}, so it is no artifact, or its export did not finish")
+    text = _read(path, _size(path, LARGEST_MANIFEST))
+    if public_key is not None:
+        check_signature(directory, text, public_key)
+    manifest = _Fields(_object(_parse(text, path), path), str(path))
     schema = manifest.get("schema", int)
     if schema > SCHEMA:
-        raise ArtifactError(
-            f"{manifest_path}: has schema {schema}; this runtime reads up to {SCHEMA}, so upgrade wm-models"
-        )
-    files = {name: _file(manifest.sub("files").sub(name)) for name in manifest.get("files", dict)}
-    artifact = Artifact(
-        directory,
-        manifest.sub("model").get("type", str),
-        manifest.sub("model").get("parameters", int),
-        _graph(manifest.sub("graph")),
-        files,
-        manifest.get("verified", bool),
-    )
-    for graph in (artifact.graph.file, artifact.graph.cpu_file):
-        if graph not in files:
-            raise ArtifactError(f"{manifest_path}: its graph {graph!r} is not among its files")
+        raise ArtifactError(f"{path}: has schema {schema}; this runtime reads up to {SCHEMA}, so upgrade wm-models")
+    graph, files = _graph(manifest.sub("graph")), _files(manifest)
+    for name in (graph.file, graph.cpu_file):
+        if name not in files:
+            raise ArtifactError(f"{path}: its graph {_shown(name)} is not among its files")
+    _check_bounds(path, graph, sum(file.size for file in files.values()))
+    texts = {}
     for name, file in files.items():
-        _check_file(directory, name, file)
-    if not (artifact.verified or allow_unverified):
+        found = _checked_file(directory / name, file)
+        if name.endswith(".json"):
+            texts[name] = found
+        if name in (graph.file, graph.cpu_file):
+            _check_graph(directory / name, found, graph, files)
+    model, verified = manifest.sub("model"), manifest.get("verified", bool)
+    if not (verified or allow_unverified):
         raise ArtifactError(
             f"{directory}: failed or lacks its verification; repeat it with wm-export verify, "
             "or load it with allow_unverified=True"
         )
-    return artifact
+    return Artifact(
+        directory, text, model.get("type", str), model.get("parameters", int), graph, files, texts, verified
+    )
 
 
 class _Fields:
@@ -117,35 +148,43 @@ class _Fields:
             raise ArtifactError(f"{self.where}: {name} is {found}; expected {kind.__name__}; export again")
         return value
 
+    def sequence(self, name: str, most: int) -> list[Any]:
+        value = self.get(name, list)
+        if len(value) > most:
+            raise ArtifactError(f"{self.where}: {name} has {len(value)} entries; expected up to {most}")
+        return value
+
     def sub(self, name: str) -> "_Fields":
         return _Fields(self.get(name, dict), f"{self.where}: {name}")
 
-    def positive(self, name: str) -> int:
+    def positive(self, name: str, most: int) -> int:
         value = self.get(name, int)
-        if value < 1:
-            raise ArtifactError(f"{self.where}: {name} is {value}; expected at least 1; export again")
+        if not 1 <= value <= most:
+            raise ArtifactError(f"{self.where}: {name} is {_shown(value)}; expected 1 to {most}; export again")
         return value
 
     def one_of(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.get(name, str)
         if value not in choices:
-            raise ArtifactError(f"{self.where}: {name} is {value!r}; expected one of {', '.join(choices)}")
+            raise ArtifactError(f"{self.where}: {name} is {_shown(value)}; expected one of {', '.join(choices)}")
         return value
 
 
 def _graph(fields: _Fields) -> Graph:
-    capacities = fields.get("capacities", list)
-    max_length = fields.positive("max_length")
-    increasing = all(isinstance(c, int) and c > 0 for c in capacities) and capacities == sorted(set(capacities))
+    capacities = fields.sequence("capacities", MOST_CAPACITIES)
+    max_length = fields.positive("max_length", MOST_TOKENS)
+    increasing = all(_is_size(size) for size in capacities) and capacities == sorted(set(capacities))
     if not capacities or not increasing or capacities[-1] != max_length:
-        raise ArtifactError(f"{fields.where}: capacities are {capacities}; expected rising sizes up to {max_length}")
+        raise ArtifactError(
+            f"{fields.where}: capacities are {_shown(capacities)}; expected rising sizes up to {max_length}"
+        )
     states = []
-    for index, value in enumerate(fields.get("states", list)):
+    for index, value in enumerate(fields.sequence("states", MOST_STATES)):
         where = f"{fields.where}: states[{index}]"
         state = _Fields(_object(value, where), where)
         shape = state.get("shape", list)
-        if not all((isinstance(d, int) and d > 0) or d in ("batch", "capacity") for d in shape):
-            raise ArtifactError(f"{where}: shape is {shape}; expected sizes, 'batch' and 'capacity'")
+        if len(shape) > 8 or not all(_is_size(size) or size in ("batch", "capacity") for size in shape):
+            raise ArtifactError(f"{where}: shape is {_shown(shape)}; expected sizes, 'batch' and 'capacity'")
         states.append(
             State(state.get("input", str), state.get("output", str), tuple(shape), state.one_of("dtype", DTYPES))
         )
@@ -154,51 +193,170 @@ def _graph(fields: _Fields) -> Graph:
         fields.get("cpu_file", str),
         fields.one_of("dtype", DTYPES),
         fields.one_of("logits", ("last", "all")),
-        fields.positive("vocabulary"),
-        fields.positive("max_batch"),
+        fields.positive("vocabulary", 1 << 31),
+        fields.positive("max_batch", MOST_SLOTS),
         max_length,
         tuple(capacities),
         tuple(states),
     )
 
 
-def _file(fields: _Fields) -> File:
-    return File(fields.get("size", int), fields.get("sha256", str))
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check_file(directory: Path, name: str, file: File) -> None:
-    path = directory / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.resolve().parent != directory.resolve():
-        raise ArtifactError(f"{path}: lies outside the artifact; expected a file of the directory itself")
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing, though the manifest lists it; export again")
-    size = path.stat().st_size
+def _files(manifest: _Fields) -> dict[str, File]:
+    """The manifest's files by name, each name checked: a file of the directory itself."""
+    entries = manifest.sub("files")
+    if len(entries.values) > MOST_FILES:
+        raise ArtifactError(f"{entries.where} has {len(entries.values)} entries; expected up to {MOST_FILES}")
+    files = {}
+    for name in entries.values:
+        if not NAME.fullmatch(name):
+            raise ArtifactError(
+                f"{entries.where}: {_shown(name)} lies outside the artifact or is no plain name; "
+                "expected a file of the directory itself"
+            )
+        entry = entries.sub(name)
+        files[name] = File(entry.get("size", int), entry.get("sha256", str))
+    return files
+
+
+def _check_bounds(path: Path, graph: Graph, size: int) -> None:
+    """No shape may be larger than weights of `size` bytes can mean.
+
+    A token's row of a cache comes out of a projection, and a logit out of a row of the head, each of which has at
+    least a byte in the files.
+    """
+    for state in graph.states:
+        row = prod(dim for dim in state.shape if isinstance(dim, int))
+        if row > size:
+            raise ArtifactError(
+                f"{path}: {_shown(state.input)} has rows of {row} numbers; {size} bytes of files have no such"
+            )
+    if graph.vocabulary > size:
+        raise ArtifactError(f"{path}: vocabulary is {graph.vocabulary}; {size} bytes of files have no such head")
+
+
+def _check_graph(path: Path, data: bytes, graph: Graph, files: dict[str, File]) -> None:
+    """The ONNX file in `data` reads listed files within their sizes, and has the manifest's inputs and outputs."""
+    try:
+        model = read_onnx(data)
+    except OnnxFormatError as error:
+        raise ArtifactError(f"{path}: {error}; export again") from error
+    for domain, kind in sorted(model.operators):
+        if domain not in DOMAINS:
+            raise ArtifactError(
+                f"{path}: its operator {_shown(kind)} is of domain {_shown(domain)}; expected ONNX's own"
+            )
+    for tensor in model.externals:
+        file = files.get(tensor.location)
+        if file is None:
+            raise ArtifactError(
+                f"{path}: its tensor {_shown(tensor.tensor)} lies in {_shown(tensor.location)}, "
+                "which is not among the manifest's files"
+            )
+        if tensor.offset + tensor.length > file.size:
+            raise ArtifactError(
+                f"{path}: its tensor {_shown(tensor.tensor)} ends at byte {tensor.offset + tensor.length} of "
+                f"{tensor.location}, which has {file.size}"
+            )
+    _check_values(path, graph, model)
+
+
+def _check_values(path: Path, graph: Graph, model: OnnxFile) -> None:
+    integers, logits = ELEMENTS["int64"], ELEMENTS[graph.dtype]
+    states = [
+        (state, ELEMENTS[state.dtype], [d if isinstance(d, int) else None for d in state.shape])
+        for state in graph.states
+    ]
+    inputs: list[tuple[str, int, list[int | None]]] = [
+        (name, integers, [None] * rank) for name, rank in zip(INPUTS, (2, 1, 1), strict=True)
+    ]
+    inputs += [(state.input, element, shape) for state, element, shape in states]
+    outputs: list[tuple[str, int, list[int | None]]] = [("logits", logits, [None, None, graph.vocabulary])]
+    outputs += [(state.output, element, shape) for state, element, shape in states]
+    for expected, found, kind in ((inputs, model.inputs, "input"), (outputs, model.outputs, "output")):
+        if len(expected) != len(found):
+            raise ArtifactError(f"{path}: has {len(found)} {kind}s; the manifest says {len(expected)}; export again")
+        for (name, element, shape), value in zip(expected, found, strict=True):
+            if (name, element) != (value.name, value.element) or not _fits(shape, value):
+                raise ArtifactError(
+                    f"{path}: its {kind} {_shown(value.name)}, of element type {value.element} and shape "
+                    f"{_shown(value.shape)}, is not the manifest's {_shown(name)}, {element}, {_shown(shape)}"
+                )
+
+
+def _fits(shape: list[int | None], value: Value) -> bool:
+    """Whether the value has this shape, where both are known."""
+    return len(shape) == len(value.shape) and all(
+        expected is None or found is None or expected == found
+        for expected, found in zip(shape, value.shape, strict=True)
+    )
+
+
+def _checked_file(path: Path, file: File) -> bytes:
+    """A JSON file's or graph's bytes, of other files nothing, once size and SHA-256 are the manifest's."""
+    whole = path.suffix in (".json", ".onnx")
+    size = _size(path, LARGEST_TEXT if whole else None)
     if size != file.size:
         raise ArtifactError(f"{path}: has {size} bytes; the manifest says {file.size}; export or copy it again")
-    digest = file_hash(path)
+    data = _read(path, size) if whole else b""
+    digest = hashlib.sha256(data).hexdigest() if whole else file_hash(path)
     if digest != file.sha256:
         raise ArtifactError(
-            f"{path}: SHA-256 is {digest[:12]}…; the manifest says {file.sha256[:12]}…; export or copy it again"
+            f"{path}: SHA-256 is {digest[:12]}…; the manifest says {_shown(file.sha256[:12])}…; export or copy it again"
         )
+    return data
+
+
+def _size(path: Path, most: int | None) -> int:
+    """The size of a regular file; a link, a pipe or a device is none, wherever it leads."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing, though the manifest lists it; export again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(
+            f"{path}: is a link or a special file, so it may lie outside the artifact; copy the file itself"
+        )
+    if most is not None and status.st_size > most:
+        raise ArtifactError(f"{path}: has {status.st_size} bytes; expected up to {most}")
+    return status.st_size
+
+
+def _read(path: Path, size: int) -> bytes:
+    """`size` bytes of the file: no more, even if it has grown."""
+    with path.open("rb") as stream:
+        return stream.read(size)
 
 
 def file_hash(path: Path) -> str:
     """A file's SHA-256, hexadecimal, without reading it into memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
-def _parse(path: Path) -> Any:
+def _parse(text: bytes, where: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: is no JSON: {error}") from error
+        raise ArtifactError(f"{where}: is no JSON: {error}") from error
 
 
 def _object(value: Any, where: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{where}: is {type(value).__name__}; expected a JSON object")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value that may be anything, short enough for one line."""
+    return _SHORT.repr(value)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60

@@ -11,6 +11,7 @@ from .errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
+PublicKey = Annotated[Path | None, typer.Option(help="Load only what the holder of this Ed25519 key (PEM) signed.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: the physical cores.")]
 
 
@@ -27,12 +28,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     threads: Threads = None,
+    public_key: PublicKey = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")] = False,
 ) -> None:
     """Continue a prompt; text streams as it comes."""
     if (prompt is None) == (ids is None):
         raise RequestError("expected either --prompt or --ids")
-    engine = load(directory, threads=threads, allow_unverified=allow_unverified)
+    engine = load(directory, threads=threads, allow_unverified=allow_unverified, public_key=public_key)
     sampling = {
         "temperature": temperature,
         "top_k": top_k,

@@ -26,18 +26,20 @@ def load(
     *,
     threads: int | None = None,
     allow_unverified: bool = False,
+    public_key: str | PathLike[str] | bytes | None = None,
 ) -> "Engine":
     """Load an artifact directory.
 
     `backend`: "onnx", or "auto" for the best that the artifact and this machine have. `threads` to compute with
-    (default: the physical cores). Raises `ArtifactError` for a directory that is missing, damaged or not verified,
+    (default: the physical cores). With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder
+    signed is loaded. Raises `ArtifactError` for a directory that is missing, damaged, not verified or not signed,
     ValueError for an unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
-    artifact = read_artifact(Path(directory), allow_unverified)
+    artifact = read_artifact(Path(directory), allow_unverified, public_key)
     return Engine(artifact, OnnxSession(artifact, threads))
 
 
@@ -221,6 +223,8 @@ def _end_ids(artifact: Artifact) -> frozenset[int]:
             continue
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) for token in ids):
-            raise ArtifactError(f"{artifact.path / name}: eos_token_id is {value!r}; expected an integer or several")
+            raise ArtifactError(
+                f"{artifact.path / name}: eos_token_id is {str(value)[:60]!r}; expected an integer or several"
+            )
         return frozenset(ids)
     return frozenset()

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .artifact import INPUTS, Artifact
+from .artifact import ELEMENTS, INPUTS, Artifact
 from .errors import ArtifactError
 
-ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto's numbers
-INT64 = 7
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -87,7 +85,7 @@ class OnnxSession:
         binding = self.session.io_binding()
         inputs = [np.zeros(shape, np.int64) for shape in ((self.batch, length), (self.batch,), (self.batch,))]
         for name, buffer in zip(INPUTS, inputs, strict=True):
-            _bind(binding.bind_input, name, buffer, INT64)
+            _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
         rows = length if self.graph.logits == "all" else 1
         logits = _zeros((self.batch, rows, self.graph.vocabulary), self.graph.dtype)
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])

@@ -7,24 +7,27 @@ from tokenizers import Tokenizer
 from .artifact import Artifact
 from .errors import ArtifactError, RequestError
 
+TOKENIZER = "tokenizer.json"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer | None:
     """The artifact's tokenizer, or None where it has none."""
-    if "tokenizer.json" not in artifact.files:
+    text = artifact.texts.get(TOKENIZER)
+    if text is None:
         return None
-    path = artifact.path / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ArtifactError(f"{path}: is no tokenizer: {error}") from error
+        return Tokenizer.from_buffer(text)
+    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ArtifactError(f"{artifact.path / TOKENIZER}: is no tokenizer: {error}") from error
 
 
 def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list[int]:
     """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer."""
     if tokenizer is None:
-        raise RequestError(f"{artifact.path}: has no tokenizer.json; give token ids instead (--ids, generate_ids)")
+        raise RequestError(f"{artifact.path}: has no {TOKENIZER}; give token ids instead (--ids, generate_ids)")
     return tokenizer.encode(prompt).ids
 
 
