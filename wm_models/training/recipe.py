@@ -32,7 +32,7 @@ class Recipe:
     steps: int = 1000
     sequence_length: int = 2048
     batch_size: int = 8  # rows of one optimizer step, over all devices
-    accumulation: int = 1  # parts that a step is computed in, one after the other
+    device_batch_size: int = 8  # the most rows that a device takes at once; a step is computed in as many parts
     learning_rate: float = 8e-3
     warmup: float = 0.1  # shares of the steps
     decay: float = 0.1
@@ -97,7 +97,7 @@ class Recipe:
 
 
 _LOWEST = {
-    "vocabulary": 0, "steps": 1, "sequence_length": 2, "batch_size": 1, "accumulation": 1, "warmup": 0, "decay": 0,
+    "vocabulary": 0, "steps": 1, "sequence_length": 2, "batch_size": 1, "device_batch_size": 1, "warmup": 0, "decay": 0,
     "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "log_every": 1, "evaluate_every": 1, "save_every": 1,
 }  # fmt: skip
 

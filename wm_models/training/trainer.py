@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from .errors import TrainingError
@@ -19,7 +20,7 @@ KEPT_CHECKPOINTS = 2
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> TrainingArguments:
-    """The recipe in transformers' terms, for this process's share of it; a `trial` takes two steps and keeps nothing."""
+    """The recipe in transformers' terms, for this process's share; a `trial` takes two steps and keeps nothing."""
     gpu, distributed = torch.cuda.is_available(), torch.distributed.is_torchelastic_launched()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -33,9 +34,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> Traini
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.max_grad_norm,
-        gradient_accumulation_steps=recipe.accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        activation_checkpointing=recipe.gradient_checkpointing,
         bf16=recipe.precision == "bf16",
         torch_compile=recipe.compile,
         fsdp=recipe.sharded,  # type: ignore[arg-type]
@@ -60,13 +59,14 @@ def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> Traini
         report_to="none",
         disable_tqdm=True,
     )
-    parts = arguments.world_size * recipe.accumulation
-    if recipe.batch_size % parts:
+    rows = min(recipe.device_batch_size, max(recipe.batch_size // arguments.world_size, 1))
+    if recipe.batch_size % (rows * arguments.world_size):
         raise TrainingError(
-            f"batch_size is {recipe.batch_size}; expected a multiple of {parts}, "
-            f"{arguments.world_size} processes times accumulation {recipe.accumulation}"
+            f"batch_size is {recipe.batch_size}; expected a multiple of {rows * arguments.world_size}: "
+            f"{arguments.world_size} processes, each with device_batch_size {rows}"
         )
-    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = recipe.batch_size // parts
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = rows
+    arguments.gradient_accumulation_steps = recipe.batch_size // (rows * arguments.world_size)
     return arguments
 
 
@@ -90,6 +90,7 @@ class RowTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
         self.saving = False
         # the same for every batch, so that the mean over batches is the mean over predictions
         mean = held_out_rows.targets / len(held_out_rows) * arguments.per_device_eval_batch_size
