@@ -217,13 +217,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        if labels is not None:
-            loss = next_token_loss(hidden, self.lm_head.weight, labels)
         if outputs.router_logits is not None:
             aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
-            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
-        if loss is not None and num_items_in_batch is not None:
-            loss = loss * count_predictions(labels) / num_items_in_batch
+        if labels is not None:
+            loss = next_token_loss(hidden, self.lm_head.weight, labels)
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+            if num_items_in_batch is not None:
+                loss = loss * count_predictions(labels) / num_items_in_batch
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

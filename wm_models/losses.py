@@ -1,6 +1,7 @@
 """The losses: cross entropy of the language-model head, and the router's load balance.
 
-B batch, S tokens, D hidden size, V vocabulary, E experts, n = sqrt(E), k experts a token, N tokens, c tokens of a chunk.
+B batch, S tokens, D hidden size, V vocabulary, E experts, n = sqrt(E), k experts a token,
+N tokens, c tokens of a chunk.
 """
 
 from collections.abc import Sequence

@@ -21,9 +21,7 @@ console = Console(highlight=False, soft_wrap=True)
 @app.command()
 def main_command(
     recipe: Annotated[str | None, typer.Option(help="A .toml file, or the name of a recipe that is shipped.")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="The model's size, with the recipe that is shipped for it.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A model's size, with the recipe that is shipped for it.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A file, folder or glob of text; may be repeated. Default: Python's standard library."),
@@ -32,7 +30,7 @@ def main_command(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step, over all devices.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Parts that a step is computed in.")] = None,
+    device_batch_size: Annotated[int | None, typer.Option(help="The most rows that a device takes at once.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest of the schedule.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's directory. Default: the preset's.")] = None,
@@ -59,8 +57,8 @@ def main_command(
         raise TrainingError("--out is missing; expected the checkpoint directory to write")
     options: dict[str, Any] = {
         "data": data, "steps": steps, "sequence_length": sequence_length, "batch_size": batch_size,
-        "accumulation": accumulation, "learning_rate": learning_rate, "precision": precision, "tokenizer": tokenizer,
-        "vocabulary": vocabulary, "seed": seed, "skip_bad": skip_bad, "sharded": sharded,
+        "device_batch_size": device_batch_size, "learning_rate": learning_rate, "precision": precision,
+        "tokenizer": tokenizer, "vocabulary": vocabulary, "seed": seed, "skip_bad": skip_bad, "sharded": sharded,
     }  # fmt: skip
     chosen = {name: value for name, value in options.items() if value is not None}
     plan = Recipe.load(recipe or preset or "doge-20m", chosen)

@@ -54,7 +54,7 @@ def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[li
         chosen = [_matches(document.name, patterns) for document in documents]
         if all(chosen) or not any(chosen):
             raise TrainingError(
-                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and some left to train on"
+                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and others to train on"
             )
     else:
         chosen = [_hash(document.name) % HELD_OUT_SHARE == 0 for document in documents]

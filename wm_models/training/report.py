@@ -53,7 +53,7 @@ class Progressing(TrainerCallback):
         self.bar.stop()
 
     def seconds_a_step(self) -> float:
-        """Median of the last 50 steps, without the first, which compiles; so an evaluation between two does not count."""
+        """Median of the last 50 steps, so that compiling and evaluating do not count."""
         times = [after[1] - before[1] for before, after in zip(self.ends, self.ends[1:], strict=False)]
         recent = sorted(times[1:][-50:] or times)
         return recent[len(recent) // 2] if recent else math.nan
@@ -93,10 +93,12 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document:
     begin = tokenizer.bos_token_id
     if begin is not None:
         ids = torch.cat([torch.tensor([[begin]]), ids], dim=1)
-    ids = ids[:, : model.config.max_position_embeddings - SAMPLE_TOKENS]
+    length = model.config.max_position_embeddings
+    new_tokens = min(SAMPLE_TOKENS, length // 2)
+    ids = ids[:, : length - new_tokens]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out: Any = model.generate(ids, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_p=0.9)  # type: ignore[attr-defined]
+        out: Any = model.generate(ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.9)  # type: ignore[attr-defined]
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 

@@ -49,7 +49,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return hashlib.sha256(self.ids.tobytes() + self.positions.tobytes()).hexdigest()
 
     def divisible(self, by: int) -> "Rows":
-        """Rows in a number divisible by `by`: the last few are left out, or, where there are fewer than `by`, repeated."""
+        """Rows in a number divisible by `by`: the last few are left out or, where all are fewer, repeated."""
         count = len(self) // by * by or by
         return self._take(np.arange(count) % len(self))
 

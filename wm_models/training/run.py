@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import get_model_param_count
 
 from wm_models import DogeConfig, DogeForCausalLM, preset, shipped_tokenizer
 
@@ -31,7 +31,7 @@ from .recipe import Recipe
 from .report import Progressing, bits_per_byte, curves, draw, sample, save_report
 from .rows import Rows, pack, special_ids
 from .tokenizer import train_tokenizer
-from .trainer import STAGING, RowTrainer, training_arguments
+from .trainer import STAGING, RowTrainer, last_checkpoint, training_arguments
 
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json", "loss.png"
@@ -121,33 +121,15 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
         f"{len(data.train):,} documents to train on, {data.train_rows.targets:,} tokens; "
         f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} tokens"
     )
-    trainer, progress = _trainer(recipe, arguments, config, data, console, out / "logs" if first else None)
-    try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if resume else None)
-        losses = curves(trainer.state.log_history)
-        if recipe.steps not in losses["eval_loss"]:
-            trainer.evaluate()
-            losses = curves(trainer.state.log_history)
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    finally:
-        progress.bar.stop()
-    if not first:
-        return {}
-    model = DogeForCausalLM(model_config(recipe, data.tokenizer))
-    model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in weights.items()})
-    loss = losses["eval_loss"][recipe.steps]
-    values = {
-        "parameters": model.num_parameters(),
-        "steps": recipe.steps,
-        "training_loss": losses["loss"][max(losses["loss"])] if losses["loss"] else None,
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(loss),
-        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
-        "tokens_per_second": progress.tokens_per_second(),
-        "sample": sample(model.eval(), data.tokenizer, data.held_out[0], recipe.seed),
-    }
-    _finish(out, model.to(SAVED_DTYPES[recipe.saved_dtype]), data.tokenizer, losses, values)
-    return values
+    checkpoints = out / "checkpoints"
+    last, finished = last_checkpoint(checkpoints), checkpoints / f"checkpoint-{recipe.steps}"
+    if not finished.exists():
+        trainer, progress = _trainer(recipe, arguments, config, data, console, out / "logs" if first else None)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        finally:
+            progress.bar.stop()
+    return _finish(recipe, out, finished, data) if first else {}
 
 
 def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
@@ -161,7 +143,7 @@ def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
     (_, start), (_, compiled), (_, end) = progress.ends[:3]
     step = end - compiled
     return Estimate(
-        sum(parameter.numel() for parameter in trainer.model.parameters()),
+        get_model_param_count(trainer.model),
         data.train_rows.targets,
         data.held_out_rows.targets,
         _peak_bytes(),
@@ -210,19 +192,30 @@ def _claim(recipe: Recipe, out: Path, digest: str) -> None:
     shutil.rmtree(out / "checkpoints" / STAGING, ignore_errors=True)
 
 
-def _finish(
-    out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, losses: Any, values: dict[str, Any]
-) -> None:
-    """Write the finished model under another name, then move its files in, config.json last: without it nothing loads."""
+def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict[str, Any]:
+    """Make the last checkpoint the finished model; its config.json moves in last, since without it nothing loads."""
+    model = DogeForCausalLM.from_pretrained(checkpoint, config=model_config(recipe, data.tokenizer)).eval()
+    losses = curves(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+    loss = losses["eval_loss"][recipe.steps]
+    values = {
+        "parameters": model.num_parameters(),
+        "steps": recipe.steps,
+        "training_loss": losses["loss"][max(losses["loss"])],
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
+        "sample": sample(model, data.tokenizer, data.held_out[0], recipe.seed),
+    }
     folder = out / STAGING
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.to(SAVED_DTYPES[recipe.saved_dtype]).save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
     draw(losses, folder / PICTURE)
     save_report(folder / REPORT, values)
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     folder.rmdir()
+    return values
 
 
 def _peak_bytes() -> int:

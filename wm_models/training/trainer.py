@@ -3,7 +3,7 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -70,6 +70,20 @@ def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> Traini
     return arguments
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a run's folder of them, if there is one."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+class Conclusion(TrainerCallback):
+    """Logs and measures after the last step, whatever the intervals are, so that the last checkpoint says all."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
+        control.should_evaluate |= last and args.do_eval
+
+
 class RowTrainer(Trainer):
     """Trains on `Rows`, a number of them that the batch divides, and measures on others, likewise."""
 
@@ -91,6 +105,7 @@ class RowTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.add_callback(Conclusion)
         self.saving = False
         # the same for every batch, so that the mean over batches is the mean over predictions
         mean = held_out_rows.targets / len(held_out_rows) * arguments.per_device_eval_batch_size
@@ -105,16 +120,16 @@ class RowTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """The loss by the compiled model, where transformers evaluates with the one underneath."""
-        inputs = self._prepare_inputs(inputs)
+        inputs, compiled = self._prepare_inputs(inputs), cast(PreTrainedModel, self.model_wrapped)
         with torch.no_grad():
-            out = self.model_wrapped(**inputs, num_items_in_batch=self.predictions_in_batch, skip_logits=True)
+            out = compiled(**inputs, num_items_in_batch=self.predictions_in_batch, skip_logits=True)
         return out.loss, None, None
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Stop before anything made of a loss that is not finite is saved."""
         for name, value in (("loss", tr_loss), ("gradient norm", grad_norm)):
             if value is not None and not math.isfinite(float(value)):
-                last = get_last_checkpoint(self.args.output_dir)
+                last = last_checkpoint(Path(self.args.output_dir or ""))
                 raise TrainingError(
                     f"step {self.state.global_step}: the {name} is {float(value)} at learning rate "
                     f"{kwargs['learning_rate']:.3g}; lower the learning rate. The last good checkpoint is {last}"
@@ -134,7 +149,7 @@ class RowTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            last = get_last_checkpoint(str(folder))
+            last = last_checkpoint(folder)
             raise TrainingError(
                 f"{folder / name}: cannot be written: {error}. The last good checkpoint is {last}"
             ) from error
