@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -110,6 +112,18 @@ class RowTrainer(Trainer):
         # the same for every batch, so that the mean over batches is the mean over predictions
         mean = held_out_rows.targets / len(held_out_rows) * arguments.per_device_eval_batch_size
         self.predictions_in_batch = torch.tensor(mean, device=arguments.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard over CPUs too: accelerate offers FSDP2 on accelerators alone, though its steps run on any device."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.args.bf16:
+                plugin.set_mixed_precision("bf16")
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)
