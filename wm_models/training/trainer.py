@@ -116,9 +116,9 @@ class RowTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Shard over CPUs too: accelerate offers FSDP2 on accelerators alone, though its steps run on any device."""
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
-            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        state, options = self.accelerator.state, cast(Any, self.args.fsdp_plugin_args)
+        if options is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            plugin = FullyShardedDataParallelPlugin(**options)
             if self.args.bf16:
                 plugin.set_mixed_precision("bf16")
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
