@@ -164,7 +164,7 @@ class StepPass:
             mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
         elif fits:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(visible, 0.0, lowest).to(biases.dtype)
+                self.hidden = torch.where(visible, biases.new_zeros(()), lowest)
             mask = biases + self.hidden
         else:
             mask = torch.where(visible, biases, lowest)
