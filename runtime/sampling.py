@@ -37,6 +37,11 @@ class Sampler:
             raise RequestError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0, 1 for none")
         self.draw = np.random.default_rng(self.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is simply the one with the largest logit."""
+        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+
     def __call__(self, logits: np.ndarray, seen: Sequence[Sequence[int]]) -> np.ndarray:
         """The next ids (B,), int64, from logits (B, V), float32, and the ids so far of each row."""
         return np.array([self._one(row, ids) for row, ids in zip(logits, seen, strict=True)], np.int64)

@@ -23,9 +23,9 @@ from .attention import DMAttention, Pass
 from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
 from .experts import ExpertMLP, ProductKeyExperts, feed_forward
-from .layers import RotaryEmbedding
 from .losses import load_balancing_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
+from .rotary import RotaryEmbedding
 
 
 class Mixer(Protocol):
