@@ -4,6 +4,7 @@ B batch, S new tokens, L keys seen, C cache capacity, D hidden size, H query hea
 Hm rows of the bias (K or H), w keys kept.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,14 @@ class Pass(Protocol):
         """Remember this layer's new keys and attend over all remembered ones.
 
         query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S). Returns (B, H, S, d).
+        """
+        ...
+
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Carry this layer's state over the new tokens.
+
+        `advance(state=, real=, first=)` gives the layer's output and its next state from the state (B, …), None where
+        there is none yet, and the masks of tokens, bool (B, 1, S): `real` or padding, and `first` of their sequence.
         """
         ...
 

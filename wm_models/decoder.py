@@ -26,6 +26,7 @@ from .experts import ExpertMLP, ProductKeyExperts, feed_forward
 from .losses import load_balancing_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
 from .rotary import RotaryEmbedding
+from .ssd import SSDMixer
 
 
 class Mixer(Protocol):
@@ -99,6 +100,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DMAttention):
             init.zeros_(module.A)
+        elif isinstance(module, SSDMixer):
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
         elif isinstance(module, DecoderLayer):
             init.ones_(module.input_residual)
             init.ones_(module.post_attention_residual)
