@@ -186,7 +186,7 @@ def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": np.ones((1, 1, hidden), np.float32)}
+    feed = {"x": np.ones((1, tokens, hidden), np.float32)}
 
     def run() -> float:
         session.run(None, feed)
