@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
 DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATIONS = ("none", "int8", "int4")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
 DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
 
@@ -53,11 +54,15 @@ class State:
 
 @dataclass(frozen=True)
 class Graph:
-    """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph without kernels a CPU lacks."""
+    """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph with operators that suit it better.
+
+    `dtype` is that of caches and logits, and of weights unless they have a `quantization`.
+    """
 
     file: str
     cpu_file: str
     dtype: str
+    quantization: str
     logits: str
     vocabulary: int
     max_batch: int
@@ -219,6 +224,7 @@ def _graph(fields: _Fields) -> Graph:
         fields.get("file", str),
         fields.get("cpu_file", str),
         fields.one_of("dtype", DTYPES),
+        fields.one_of("quantization", QUANTIZATIONS),
         fields.one_of("logits", ("last", "all")),
         fields.positive("vocabulary", 1 << 31),
         fields.positive("max_batch", MOST_SLOTS),
