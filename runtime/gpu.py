@@ -25,6 +25,7 @@ class GpuSession:
 
     def __init__(self, artifact: Artifact, device: Device, max_batch: int, capacities: tuple[int, ...], chunk: int):
         self.artifact, self.device, self.chunk = artifact, device, chunk
+        self.device_name = device.name
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
         self.addresses: dict[str, int] = {}
