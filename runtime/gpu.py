@@ -73,6 +73,12 @@ class GpuSession:
         for state in self.graph.states:
             self.device.zero(self.addresses[state.input], state_bytes(state, self.batch, self.capacity))
 
+    def clear_slot(self, slot: int) -> None:
+        """Zero one slot's caches."""
+        for state in self.graph.states:
+            size = state_bytes(state, 1, self.capacity)
+            self.device.zero(self.addresses[state.input] + slot * size, size)
+
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
     ) -> np.ndarray:
@@ -102,6 +108,23 @@ class GpuSession:
         self.device.synchronize()
         found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
         return likeliest_ids(found) if likeliest else found
+
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`.
+
+        Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
+        """
+        lengths = cache_lengths.copy()
+        others = np.delete(lengths, slot)
+        room = self.capacity - int(others[others < self.capacity].max(initial=0))
+        found = np.zeros((0, self.graph.vocabulary), np.float32)
+        for start in range(0, input_ids.size, room):
+            chunk = input_ids[start : start + room]
+            ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
+            ids[slot], new[slot] = chunk, chunk.size
+            found = self.step(ids, lengths, new)
+            lengths = lengths + new
+        return found[slot]
 
     has_next_ids = False
 
