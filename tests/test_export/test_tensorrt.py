@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import SMALL, randomise
+from conftest import ours, rival
 
 from export import ExportError, build_tensorrt
 from export import tensorrt as lane
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
 from test_export.conftest import lowered, save_checkpoint
-from wm_models import DogeConfig, DogeForCausalLM, create
+from wm_models import create
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -27,21 +27,13 @@ FAMILIES = {
     "dense": {},
     "experts by gate": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5},
     "selection": {"keep_window_size": 24},
-    "2025-01": {
-        "rope_parameters": DYNAMIC, "max_position_embeddings": 16, "query_key_norm": False, "num_bias_heads": 4,
-        "dynamic_mask_ratio": 0.25, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 6,
-        "expert_routing": "product_keys", "num_expert_heads": 2, "expert_retrieval_size": 16,
-    },
-}  # fmt: skip
+    "dynamic rope": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+}
 DTYPES = ("fp32", "fp16", "bf16")
 
 
 def small(**changes):
-    """Two layers, every parameter with a value that shows."""
-    fields = {**SMALL, "num_hidden_layers": 2, **changes}
-    model = DogeForCausalLM(DogeConfig(**fields)).eval()
-    randomise(model)
-    return model
+    return ours(rival(**{"num_hidden_layers": 2, **changes}), expert_routing="token")
 
 
 @pytest.fixture(scope="module")
