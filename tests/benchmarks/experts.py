@@ -1,6 +1,6 @@
 """Cross domain mixture of experts beside transformers' own with the same weights, and beside a top-2 mixture.
 
-python tests/benchmarks/experts.py        (float32, hidden 1024, 2 threads; milliseconds)
+python tests/benchmarks/experts.py        (float32, hidden 1024, one thread; milliseconds)
 """
 
 import time
@@ -22,16 +22,19 @@ HIDDEN, EXPERTS, PER_TOKEN = 1024, 16384, 64
 
 
 def fastest(rivals: dict[str, Callable[[], object]], seconds: float = 6.0) -> dict[str, float]:
-    """Milliseconds of each rival's fastest call, which other work on the machine disturbs least; they take turns."""
+    """Milliseconds of CPU time of each rival's fastest call: what other work on the machine disturbs least.
+
+    The rivals take turns, on one thread: threads that wait for each other measure the machine's load.
+    """
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for run in rivals.values():
         run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(rivals))]) < 3:
         for name, run in rivals.items():
-            started = time.perf_counter()
+            started = time.thread_time()
             run()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.thread_time() - started)
     return {name: min(found) * 1e3 for name, found in times.items()}
 
 
@@ -112,7 +115,7 @@ def against_top_two() -> Table:
 
 @torch.no_grad()
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     console = Console(width=110)
     console.print(against_transformers(inner=2048))
