@@ -28,7 +28,8 @@ from runtime.sampling import Sampler
 
 BITS = {"int8": 8, "int4": 4}
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
-BLOCKS = (128, 64, 32, 16)  # weights to a scale, the first that divides K
+# weights to a scale, the first that divides K: four bits lose too much over more than 32
+BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
@@ -67,11 +68,11 @@ class Use:
         return np.ascontiguousarray(value.T) if self.transposed else value
 
 
-def block_size(columns: int) -> int | None:
-    return next((size for size in BLOCKS if columns % size == 0), None)
+def block_size(columns: int, bits: int) -> int | None:
+    return next((size for size in BLOCKS[bits] if columns % size == 0), None)
 
 
-def quantizable(graph: ir.Model) -> Iterator[Use]:
+def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
     """The weights to quantise: matrices and look-up tables of enough rows whose columns divide into blocks."""
     for weight in graph.graph.initializers.values():
         shape = weight.shape.numpy() if weight.shape is not None and weight.shape.is_static() else ()
@@ -87,7 +88,7 @@ def quantizable(graph: ir.Model) -> Iterator[Use]:
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
-        if rows >= FEWEST_ROWS and block_size(columns) is not None:
+        if rows >= FEWEST_ROWS and block_size(columns, bits) is not None:
             yield use
 
 
@@ -176,14 +177,14 @@ def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | Non
     `text`: ids (rows, S) of the kind that the model will read; without it every weight is rounded to the nearest.
     """
     graph = ir.load(directory / file)
-    uses = list(quantizable(graph))
+    uses = list(quantizable(graph, bits))
     moments: dict[str, torch.Tensor] = {}
     if text is not None:
         products = [use.activation for use in uses if use.activation]
         moments = second_moments(graph, directory / "moments.onnx", text, products)
     for use in uses:
         weight = torch.from_numpy(use.matrix())
-        block = block_size(weight.shape[1])
+        block = block_size(weight.shape[1], bits)
         assert block is not None
         if use.activation in moments:
             codes, scales = round_with_feedback(weight, bits, block, moments[use.activation])

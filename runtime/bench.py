@@ -150,7 +150,7 @@ def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps
             weights.append(numpy_helper.from_array(draw.standard_normal((rows, columns), np.float32) * 0.03, name))
             nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
             return f"{name}.out"
-        block = next(size for size in (128, 64, 32, 16) if rows % size == 0)
+        block = next(size for size in ((32, 16) if bits == 4 else (128, 64, 32, 16)) if rows % size == 0)
         codes = draw.integers(0, 256, (columns, rows // block, block * bits // 8), np.uint8)
         weights.append(numpy_helper.from_array(codes, name))
         weights.append(numpy_helper.from_array(np.full((columns, rows // block), 1e-3, np.float32), f"{name}.scales"))

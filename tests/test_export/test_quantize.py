@@ -54,7 +54,8 @@ def test_feedback_without_correlation_is_a_scale_search():
 
 
 def test_blocks():
-    assert [block_size(columns) for columns in (768, 96, 64, 48, 40)] == [128, 32, 64, 16, None]
+    assert [block_size(columns, 8) for columns in (768, 96, 64, 48, 40)] == [128, 32, 64, 16, None]
+    assert [block_size(columns, 4) for columns in (768, 96, 64, 48, 40)] == [32, 32, 32, 16, None]
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
