@@ -29,7 +29,9 @@ class OnnxSession:
             options.intra_op_num_threads = threads
         path = artifact.path / self.graph.cpu_file
         try:
-            self.session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session: Any = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             first = str(error).splitlines()[0]
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first}") from error
