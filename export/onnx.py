@@ -11,8 +11,9 @@ from wm_models.decoder import DecoderForCausalLM
 from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
 from .graph import lower
+from .numbers import check_biases, check_weights
 from .source import copy_texts, load_model
-from .verify import Comparison, Reference, check_and_record, plan
+from .verify import Comparison, check_and_record, references
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
@@ -51,6 +52,7 @@ def export_onnx(
     stage("loading")
     model = load_model(source, seed)
     max_length = checked_length(model, max_length)
+    check_weights(model, DTYPES[dtype])
     if model.config.is_moe and model.config.expert_routing == "batch":
         raise ExportError(
             f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
@@ -59,7 +61,8 @@ def export_onnx(
     with replacing(out, force) as directory:
         copy_texts(model, source, directory)
         stage("computing the eager model's answers")
-        reference = Reference(model, plan(max_length, max_batch, model.config.keep_window_size))
+        answers, biases = references(model, max_length, max_batch)
+        check_biases(biases, DTYPES[dtype])
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
         name = str(torch_dtype).removeprefix("torch.")
@@ -75,7 +78,7 @@ def export_onnx(
         write_manifest(directory, manifest, verified=False)
         stage("verifying")
         origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
-        return check_and_record(directory, manifest, reference, origin, report)
+        return check_and_record(directory, manifest, answers, origin, report)
 
 
 def checked_length(model: DecoderForCausalLM, max_length: int | None) -> int:

@@ -4,7 +4,10 @@ B batch, S new tokens, V vocabulary.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from runtime import Engine, load
+from runtime import ArtifactError, Engine
 from runtime.artifact import read_artifact
+from runtime.session import OnnxSession
 from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
 
-from .artifact import VERIFICATION, link_files, replacing, write_json, write_manifest
+from .artifact import VERIFICATION, replacing, write_json, write_manifest
 from .errors import ExportError
+from .numbers import BiasRange, watched_biases
+from .probe import Values, drawn_biases, with_biases
 from .source import load_model
 
 STEPS = 64
@@ -72,6 +78,18 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
     return cases
 
 
+def probe_plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
+    """With the bias in sight: a ragged batch, and a pass beyond the keep window."""
+    steps = min(16, max(1, max_length // 2))
+    longest = max_length - steps
+    ragged = tuple(max(1, min(length, longest)) for length in (33, 5)[:max_batch])
+    cases = [Case(f"A drawn at random, prompts {ragged}", ragged, steps, (0,) * len(ragged))]
+    if keep_window < longest:
+        length = min(keep_window + 32, longest)
+        cases.append(Case(f"A drawn at random, prompt {length}", (length,), steps, (0,)))
+    return cases
+
+
 def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
     """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
 
@@ -114,8 +132,9 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], dty
     graph = np.concatenate(found).astype(np.float64)
     difference = np.abs(eager - graph).max(-1)
     limit = LOGIT_TOLERANCE * max(1.0, float(np.abs(eager).max()))
-    log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
-    mean_kl = float((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).mean())
+    with np.errstate(invalid="ignore"):  # what is not finite does not pass
+        log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
+        mean_kl = float((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).mean())
     two = np.partition(eager, -2, axis=-1)[:, -2:]
     agree = eager.argmax(-1) == graph.argmax(-1)
     flips = int((~agree & (two[:, 1] - two[:, 0] > limit)).sum())  # where the eager margin exceeds the limit
@@ -129,11 +148,14 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], dty
 
 
 class Reference:
-    """The eager model's answers to a plan, taken before the model is lowered and used up."""
+    """The eager model's answers to a plan, taken before the model is lowered and used up.
 
-    def __init__(self, model: DecoderForCausalLM, cases: list[Case], seed: int = 0):
-        draw = np.random.default_rng(seed)
-        self.cases = cases
+    `drawn` are the values of A that it had then, where they are not its own.
+    """
+
+    def __init__(self, model: DecoderForCausalLM, cases: list[Case], drawn: Values | None = None):
+        draw = np.random.default_rng(0)
+        self.cases, self.drawn = cases, drawn or {}
         self.sequences: list[list[np.ndarray]] = []
         self.logits: list[list[np.ndarray]] = []
         for case in cases:
@@ -142,23 +164,58 @@ class Reference:
             self.logits.append(
                 [eager_logits(model, torch.from_numpy(row), at - 1) for row, at in zip(rows, case.prompts, strict=True)]
             )
+            if not all(np.isfinite(logits).all() for logits in self.logits[-1]):
+                raise ExportError(
+                    f"the eager model's own logits are not finite ({case.name}); there is nothing to export"
+                )
 
     def check(self, engine: Engine, dtype: str, report: Callable[[Comparison], None]) -> list[Comparison]:
         """Run every case, handing each verdict to `report` as it comes."""
         verdicts = []
         for case, sequences, expected in zip(self.cases, self.sequences, self.logits, strict=True):
-            verdict = compare(case, expected, run_case(engine, case, sequences), dtype)
+            try:
+                found = run_case(engine, case, sequences)
+            except ArtifactError:  # what does not run agrees with nothing
+                found = [np.full_like(rows, np.nan) for rows in expected]
+            verdict = compare(case, expected, found, dtype)
             report(verdict)
             verdicts.append(verdict)
         return verdicts
 
 
+def references(
+    model: DecoderForCausalLM, max_length: int, max_batch: int
+) -> tuple[list[Reference], dict[str, BiasRange]]:
+    """The answers of the model as it is, and with its bias in sight; and the range of its biases on the way.
+
+    Raises `ExportError` where the model's own logits are not finite.
+    """
+    limits = max_length, max_batch, model.config.keep_window_size
+    with watched_biases(model) as biases:
+        answers = [Reference(model, plan(*limits))]
+    with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
+        if drawn:
+            answers.append(Reference(model, probe_plan(*limits), drawn))
+    return answers, biases
+
+
+def check(
+    directory: Path, answers: list[Reference], dtype: str, report: Callable[[Comparison], None]
+) -> list[Comparison]:
+    """Hold the artifact in `directory` against the eager model's answers; writes a graph there for a while."""
+    artifact, verdicts = read_artifact(directory, allow_unverified=True), []
+    for reference in answers:
+        with with_biases(artifact, reference.drawn) if reference.drawn else nullcontext(artifact) as tried:
+            verdicts += reference.check(Engine(tried, OnnxSession(tried)), dtype, report)
+    return verdicts
+
+
 def check_and_record(
-    directory: Path, manifest: dict[str, Any], reference: Reference, origin: dict[str, Any],
+    directory: Path, manifest: dict[str, Any], answers: list[Reference], origin: dict[str, Any],
     report: Callable[[Comparison], None],
 ) -> list[Comparison]:  # fmt: skip
     """Check the artifact in `directory`; only then write verification.json, and the manifest with its verdict."""
-    verdicts = reference.check(load(directory, allow_unverified=True), manifest["graph"]["dtype"], report)
+    verdicts = check(directory, answers, manifest["graph"]["dtype"], report)
     record_verdicts(directory, manifest, origin, verdicts)
     return verdicts
 
@@ -205,14 +262,14 @@ def verify(
             )
     model = load_model(origin["source"], origin.get("seed", 0))
     graph = manifest["graph"]
-    reference = Reference(model, plan(graph["max_length"], graph["max_batch"], model.config.keep_window_size))
+    answers, _ = references(model, graph["max_length"], graph["max_batch"])
     del model
-    engine = load(directory, allow_unverified=True)
-    verdicts = reference.check(engine, graph["dtype"], report)
-    if artifact.verified and (directory / SIGNATURE).exists() and all(verdict.passed for verdict in verdicts):
-        return verdicts
-    kept = {key: value for key, value in manifest.items() if key not in ("files", "verified")}
     with replacing(directory, force=True) as new:
-        link_files(directory, new, artifact.files)
-        record_verdicts(new, kept, origin, verdicts)
+        shutil.copytree(directory, new, copy_function=os.link, dirs_exist_ok=True)
+        verdicts = check(new, answers, graph["dtype"], report)
+        stands = artifact.verified and all(verdict.passed for verdict in verdicts)
+        if not (stands and (new / SIGNATURE).exists()):
+            (new / SIGNATURE).unlink(missing_ok=True)
+            kept = {key: value for key, value in manifest.items() if key not in ("files", "verified")}
+            record_verdicts(new, kept, origin, verdicts)
     return verdicts

@@ -146,7 +146,9 @@ class Engine:
         logits = self.prefill(np.array([seen]))
         for left in range(room, 0, -1):
             if not np.isfinite(logits).all():
-                raise RequestError(f"the logits after token {len(seen)} are not finite; the weights or dtype overflow")
+                raise RequestError(
+                    f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
+                )
             token = int(sampler(logits, [seen])[0])
             if token in ends:
                 return

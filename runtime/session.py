@@ -24,7 +24,7 @@ class OnnxSession:
     def __init__(self, artifact: Artifact, threads: int | None = None):
         self.artifact, self.graph = artifact, artifact.graph
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is in the exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
         path = artifact.path / self.graph.cpu_file
@@ -33,8 +33,7 @@ class OnnxSession:
                 path, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
-            first = str(error).splitlines()[0]
-            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first}") from error
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
         self.batch = self.capacity = 0
         self.caches: list[np.ndarray] = []
         self._bindings: dict[int, tuple[Any, list[np.ndarray], np.ndarray]] = {}
@@ -73,7 +72,10 @@ class OnnxSession:
         binding, inputs, logits = self._bindings[length]
         for buffer, value in zip(inputs, (input_ids, cache_lengths, sequence_lengths), strict=True):
             buffer[...] = value
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {_first_line(error)}") from error
         if self.graph.dtype == "bfloat16":
             logits = (logits.astype(np.uint32) << 16).view(np.float32)
         if logits.shape[1] == 1:
@@ -103,6 +105,10 @@ class OnnxSession:
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
     bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
