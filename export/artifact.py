@@ -3,6 +3,7 @@
 B batch, C cache capacity, V vocabulary.
 """
 
+import ast
 import ctypes
 import errno
 import fcntl
@@ -27,6 +28,7 @@ from .errors import ExportError
 from .graph import widen
 
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
+MODULE = "module"  # a node's metadata: which module of the model it comes from
 VERIFICATION = "verification.json"
 SMALLEST_CAPACITY = 256
 PARTIAL = ".partial"
@@ -80,7 +82,9 @@ def _locked(out: Path) -> tuple[Path, int]:
 
 def _sweep(out: Path) -> None:
     """Remove what exports to `out` left that were killed: unfinished directories that nobody holds locked."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
+    name = glob.escape(out.name)
+    nested = f"..{name}.*{PARTIAL}.*{PARTIAL}"  # of an export into an unfinished directory
+    for path in [*out.parent.glob(f".{name}.*{PARTIAL}"), *out.parent.glob(nested)]:
         try:
             lock = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -141,18 +145,30 @@ def capacities(max_length: int) -> list[int]:
 def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
     """Write the graph and, beside it in one file, its weights, each once.
 
-    What the exporter notes of its own is left out: the places in the sources, with the paths of this machine.
+    What the exporter notes of its own is left out: the places in the sources, with the paths of this machine. Of a
+    node only its module in the model stays, so that whoever refuses the node can say where it comes from.
     """
     graph.metadata_props.clear()
     for value in (*graph.graph.inputs, *graph.graph.initializers.values()):
         value.metadata_props.clear()
     for node in graph.graph:
+        module = _module_path(node)
         node.metadata_props.clear()
+        if module:
+            node.metadata_props[MODULE] = module
         for value in node.outputs:
             value.metadata_props.clear()
     ir.save(graph, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
     if dtype == "bfloat16":  # ONNX Runtime's CPU kernels know no bfloat16: a second graph over the same weights
         ir.save(widen(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
+
+
+def _module_path(node: ir.Node) -> str:
+    """The path in the model of the module that a node comes from, as the exporter noted it, or ""."""
+    scopes = [
+        scope for scope in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[:-1] if scope
+    ]
+    return scopes[-1].removeprefix("model.") if scopes else ""  # the step graph calls the whole model `model`
 
 
 def describe(

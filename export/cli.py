@@ -1,4 +1,4 @@
-"""The command `wm-export`: onnx, verify, sign, inspect."""
+"""The command `wm-export`: onnx, tensorrt, verify, sign, inspect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ from .errors import VerificationError
 from .inspection import inspect_artifact
 from .onnx import export_onnx
 from .sign import sign
+from .tensorrt import CHUNK, build_tensorrt
 from .verify import Comparison, verify, worst
 
 app = typer.Typer(
@@ -41,6 +42,47 @@ def onnx(
             stage=lambda name: status.update(f"{name} …"), report=_print_verdict,
         )  # fmt: skip
     _conclude(verdicts, out)
+
+
+@app.command()
+def tensorrt(
+    source: Annotated[str, typer.Argument(help="An artifact, a checkpoint directory, or a preset's name.")],
+    out: Annotated[Path, typer.Option(help="The artifact directory to write.")],
+    builder: Annotated[str, typer.Option(help="auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp32, or the artifact's.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most slots a step serves. Default: 8, or as exported.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a slot holds. Default: as many as it can.")] = None,
+    chunk: Annotated[int, typer.Option(help="Most tokens a slot takes in one step.")] = CHUNK,
+    compute_capability: Annotated[
+        str, typer.Option(help="GPUs to build for, as 8.6,8.9. Default: all from 8.0 on, or the GPU at hand.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of a preset's random weights.")] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")
+    ] = False,
+) -> None:
+    """Build a TensorRT engine into an artifact, and check its layers."""
+    with console.status("") as status:
+        engine = build_tensorrt(
+            source, out, builder=builder, dtype=dtype, max_batch=max_batch, max_length=max_length, chunk=chunk,
+            compute_capability=[name for name in compute_capability.split(",") if name], seed=seed, force=force,
+            stage=lambda name: status.update(f"{name} …"), report=_print_verdict,
+        )  # fmt: skip
+    layers, build = engine["layers"], engine["build"]
+    for index, profile in enumerate(engine["profiles"]):
+        fused = sum(attention["fused"][index] for attention in layers["attention"])
+        console.print(
+            f"{profile['name']}: batch 1 to {profile['batch'][2]}, {profile['sequence'][0]} to "
+            f"{profile['sequence'][2]} tokens, attention fused in {fused} of {len(layers['attention'])} layers",
+            soft_wrap=True,
+        )
+    console.print(
+        f"built: {out / engine['file']}: {engine['builder']} {engine['version']} for compute capability "
+        f"{', '.join(engine['compute_capabilities'])}; {build['bytes'] / 1e6:.0f} MB in {build['seconds']:.1f} s and "
+        f"{build['peak_bytes'] / 1e9:.1f} GB; {len(layers['cache_updates'])} caches updated in place, "
+        f"{len(layers['rotary'])} rotary layers",
+        soft_wrap=True,
+    )
 
 
 @app.command("verify")

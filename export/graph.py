@@ -4,8 +4,7 @@
     attention, mask added      Attention            grouped heads, one a layer
     rotary positions           RotaryEmbedding      cosines and sines computed once a step
     norms                      RMSNormalization
-    q, k, v and the bias's dt  MatMul               one product, the weights side by side
-    gate and up                MatMul               one product
+    q, k, v                    MatMul               one product, the weights side by side
 
 B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/value heads, d head size, V vocabulary.
 """
@@ -25,7 +24,6 @@ from runtime.artifact import INPUTS
 from wm_models import LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
-from wm_models.layers import GatedMLP
 from wm_models.passes import StepPass
 
 OPSET = 24
@@ -57,51 +55,43 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     return op.Softplus(x)
 
 
-class FusedProjection(nn.Module):
-    """Linear layers over one input as one matrix product, cut apart afterwards."""
+class HeadProjection(nn.Module):
+    """Query, key and value as one product, whose heads are put in front of the tokens once for all three.
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]):
+    dt is a product of its own, over x: dt is linear in the value and the value in x, so its weight on x is a product of
+    two (taken in float64). It is repeated for every query head: a row of the mask is then a row of the bias cache.
+    """
+
+    def __init__(self, attention: DMAttention):
         super().__init__()
-        self.sizes = [weight.shape[0] for weight in weights]
-        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            self.bias = nn.Parameter(torch.cat(filled), requires_grad=False)
+        parts, value, dt = (attention.q_proj, attention.k_proj, attention.v_proj), attention.v_proj, attention.dt_proj
+        self.head_size = attention.head_size
+        self.heads = [part.out_features // self.head_size for part in parts]
+        repeat = self.heads[0] // attention.A.shape[0]
+        self.weight = _fixed(torch.cat([part.weight for part in parts]))
+        self.dt_weight = _fixed((dt.weight.double() @ value.weight.double()).repeat_interleave(repeat, 0), dt.weight)
+        self.bias = self.dt_bias = None
+        if dt.bias is not None:
+            self.bias = _fixed(torch.cat([part.bias for part in parts]))
+            bias = dt.bias.double() + dt.weight.double() @ value.bias.double()
+            self.dt_bias = _fixed(bias.repeat_interleave(repeat), dt.bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = F.linear(x, self.weight, self.bias).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+        query, key, value = heads.split(self.heads, dim=1)
+        return query, key, value, F.linear(x, self.dt_weight, self.dt_bias)
+
+
+def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
+    return nn.Parameter(value if like is None else value.to(like.dtype), requires_grad=False)
 
 
 def fuse_attention(attention: DMAttention) -> None:
-    """Put q, k, v and dt into one product.
-
-    dt is linear in the value and the value in x, so dt's weight on x is a product of two (taken in float64). It is
-    repeated for every query head: a row of the mask is then a row of the bias cache, with nothing to expand.
-    """
-    heads = attention.q_proj.out_features // attention.head_size
-    repeat = heads // attention.A.shape[0]
-    value, dt = attention.v_proj, attention.dt_proj
-    weight = (dt.weight.double() @ value.weight.double()).to(dt.weight.dtype)
-    bias = dt.bias
-    if dt.bias is not None:
-        bias = (dt.bias.double() + dt.weight.double() @ value.bias.double()).to(dt.weight.dtype)
-        bias = bias.repeat_interleave(repeat)
-    parts = [attention.q_proj, attention.k_proj, value]
-    attention.fused = FusedProjection(
-        [*(part.weight for part in parts), weight.repeat_interleave(repeat, 0)], [*(part.bias for part in parts), bias]
-    )
+    """Put q, k and v into one product; see `HeadProjection`."""
+    attention.fused = HeadProjection(attention)
     attention.project = attention.fused.__call__
-    attention.A = nn.Parameter(attention.A.repeat_interleave(repeat), requires_grad=False)
+    attention.A = _fixed(attention.A.repeat_interleave(attention.fused.dt_weight.shape[0] // attention.A.shape[0]))
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
-
-
-def fuse_mlp(mlp: GatedMLP) -> None:
-    """Put gate and up into one product."""
-    parts = [mlp.gate_proj, mlp.up_proj]
-    mlp.fused = FusedProjection([part.weight for part in parts], [part.bias for part in parts])
-    mlp.project = mlp.fused.__call__
-    del mlp.gate_proj, mlp.up_proj
 
 
 class StepGraph(nn.Module):
@@ -115,8 +105,6 @@ class StepGraph(nn.Module):
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
                     fuse_attention(module)
-                elif isinstance(module, GatedMLP):
-                    fuse_mlp(module)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from .signature import check_signature
 SCHEMA = 1
 MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
+NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
 DTYPES = ("float32", "float16", "bfloat16")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
 DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's

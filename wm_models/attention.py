@@ -60,17 +60,20 @@ class DMAttention(nn.Module):
         return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query (B, S, H·d), key and value (B, S, K·d), and the bias's dt (B, S, Hm)."""
+        """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm)."""
         value = self.v_proj(x)
-        return self.q_proj(x), self.k_proj(x), value, self.dt_proj(value)
+        query, key = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
+        return query, key, self.heads(value), self.dt_proj(value)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, heads·d) -> (B, heads, S, d)."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
     def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
         query, key, value, dt = self.project(x)
-        heads = (*x.shape[:2], -1, self.head_size)
-        query = run.rotate(self.q_norm(query.view(heads)).transpose(1, 2))
-        key = run.rotate(self.k_norm(key.view(heads)).transpose(1, 2))
+        query, key = run.rotate(self.q_norm(query)), run.rotate(self.k_norm(key))
         bias = torch.exp(self.A * F.softplus(dt)).transpose(1, 2)
-        y = run.attend(self.layer, query, key, value.view(heads).transpose(1, 2), bias)
+        y = run.attend(self.layer, query, key, value, bias)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

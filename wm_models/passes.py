@@ -120,6 +120,7 @@ class StepPass:
     ):
         self.caches, self.keep = caches, config.keep_window_size
         self.written: list[LayerCache] = []
+        self.hidden: torch.Tensor | None = None
         capacity = caches[0].key.shape[2]
         steps = torch.arange(length, device=cache_lengths.device)
         self.positions = cache_lengths[:, None] + steps  # (B, S)
@@ -147,11 +148,15 @@ class StepPass:
             self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
         )
         self.written.append(cache)
-        biases, visible = cache.bias.transpose(2, 3), self.visible  # (B, Hm, 1, C)
+        biases = cache.bias.transpose(2, 3)  # (B, Hm, 1, C)
+        lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
-        if not statically_known_true(biases.shape[3] <= self.keep):
-            visible = keep_largest(biases, visible, self.keep)
-        mask = torch.where(visible, biases, torch.finfo(biases.dtype).min)  # (B, Hm, S, C)
+        if statically_known_true(biases.shape[3] <= self.keep):
+            if self.hidden is None:  # once for all layers
+                self.hidden = torch.where(self.visible, 0.0, lowest).to(biases.dtype)
+            mask = biases + self.hidden  # (B, Hm, S, C)
+        else:
+            mask = torch.where(keep_largest(biases, self.visible, self.keep), biases, lowest)
         if mask.shape[1] != query.shape[1]:
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return self.attend_masked(query, cache.key, cache.value, mask)

@@ -6,6 +6,10 @@ import pytest
 from conftest import ours, rival
 
 from export import export_onnx
+from export.artifact import describe, parameter_count, save_graph, write_manifest
+from export.graph import lower
+from export.onnx import DTYPES
+from runtime.artifact import Artifact, read_artifact
 from wm_models import shipped_tokenizer
 
 VARIANTS = {
@@ -30,6 +34,18 @@ def save_checkpoint(directory: Path, tokenizer: bool = False, **changes: object)
     if tokenizer:
         shipped_tokenizer().save_pretrained(directory)
     return directory
+
+
+def lowered(directory: Path, model, dtype: str = "fp32", max_batch: int = 4, max_length: int = 64) -> Artifact:
+    """An artifact of `model`, which is used up, without its comparison with the eager model: for what comes after."""
+    directory.mkdir(parents=True)
+    config, parameters = model.config.to_dict(), parameter_count(model)
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    graph = lower(model.to(dtype=DTYPES[dtype]), max_batch=max_batch, max_length=max_length, all_logits=False)
+    save_graph(graph, directory, name)
+    bounds = {"max_batch": max_batch, "max_length": max_length}
+    write_manifest(directory, describe(graph, config, parameters, dtype=name, logits="last", **bounds), verified=True)
+    return read_artifact(directory)
 
 
 @pytest.fixture(scope="session")
