@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .artifact import Artifact, read_artifact
 from .errors import ArtifactError, RequestError
+from .exclusive import Exclusive, exclusive
 from .sampling import Sampler
 from .session import OnnxSession
 from .text import encode, load_tokenizer, pieces, until
@@ -46,13 +47,16 @@ def load(
 class Engine:
     """A model that is ready to run, with a slot for each sequence of a batch.
 
-    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's.
+    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's. One thread uses it
+    at a time: another one's call raises `RequestError` at once, as does a stream whose slot was used meanwhile, and
+    any use in a process forked since it was loaded.
     """
 
     def __init__(self, artifact: Artifact, session: OnnxSession):
         self.artifact, self.graph, self.session = artifact, artifact.graph, session
         self.tokenizer = load_tokenizer(artifact)
         self.end_ids = _end_ids(artifact)
+        self.in_use = Exclusive()
         self._lengths = np.zeros(0, np.int64)
 
     @property
@@ -60,10 +64,12 @@ class Engine:
         """Tokens in each slot, (B,), int64."""
         return self._lengths.copy()
 
+    @exclusive
     def reset(self) -> None:
         """Empty every slot."""
         self._lengths = np.zeros(0, np.int64)
 
+    @exclusive
     def reserve(self, batch: int, length: int) -> None:
         """Make `batch` empty slots in the smallest bucket for `length` tokens, so that they need not grow on the way.
 
@@ -76,6 +82,7 @@ class Engine:
             self.session.allocate(batch, capacity)
         self._lengths = np.zeros(batch, np.int64)
 
+    @exclusive
     def prefill(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> np.ndarray:
         """Append tokens to the slots: ids (B, S), right-padded, of which lengths (B,) are real (default: all).
 
@@ -142,20 +149,26 @@ class Engine:
         room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
         if room < 1:
             return
-        self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
-        logits = self.prefill(np.array([seen]))
-        for left in range(room, 0, -1):
-            if not np.isfinite(logits).all():
-                raise RequestError(
-                    f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
-                )
-            token = int(sampler(logits, [seen])[0])
+        held: np.ndarray | None = None
+        for _ in range(room):
+            with self.in_use:  # until the token is chosen: the next step overwrites the logits
+                if held is None:
+                    self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
+                    logits = self.prefill([seen])
+                elif held is self._lengths:
+                    logits = self.decode(seen[-1:])
+                else:
+                    raise RequestError("another call used this stream's slot; finish a stream before the next call")
+                held = self._lengths
+                if not np.isfinite(logits).all():
+                    raise RequestError(
+                        f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
+                    )
+                token = int(sampler(logits, [seen])[0])
             if token in ends:
                 return
             seen.append(token)
             yield token
-            if left > 1:
-                logits = self.decode([token])
 
     def generate(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
