@@ -29,6 +29,7 @@ from google.protobuf.message import Message
 from hypothesis import strategies as st
 
 LONGEST, MOST_MEMORY = 5.0, 1 << 30  # seconds, bytes
+BATCH = 1000
 
 # Values that loaders trip over: wrong types, edges of integers, names that lead elsewhere.
 ODD_TEXTS = ["", "..", "/etc/passwd", "../x", "a\0b", "\ud800", "float32", "batch", "model.onnx", "x" * 5000]
@@ -257,18 +258,19 @@ TARGETS = {"manifests": Manifests, "graphs": Graphs, "checkpoints": Checkpoints}
 
 
 def run(target: Target, runs: int, seed: int) -> None:
-    """Hypothesis's mutations."""
+    """Hypothesis's mutations, in batches: it remembers all examples of one."""
+    for start in range(0, runs, BATCH):
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=runs, database=None, deadline=None, phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
-    @hypothesis.given(target.changed(target.sound))
-    def attack(data: bytes) -> None:
-        target.check(data)
+        @hypothesis.seed(seed + start)
+        @hypothesis.settings(
+            max_examples=min(BATCH, runs - start), database=None, deadline=None, phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        @hypothesis.given(target.changed(target.sound))
+        def attack(data: bytes) -> None:
+            target.check(data)
 
-    attack()
+        attack()
 
 
 def run_with_coverage(target: Target, runs: int, seed: int) -> None:
