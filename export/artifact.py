@@ -26,6 +26,7 @@ from wm_models.decoder import DecoderForCausalLM
 
 from .errors import ExportError
 from .graph import widen
+from .quantize import specialize
 
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
 MODULE = "module"  # a node's metadata: which module of the model it comes from
@@ -142,7 +143,7 @@ def capacities(max_length: int) -> list[int]:
     return [*(size for size in sizes if size < max_length), max_length]
 
 
-def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
+def save_graph(graph: ir.Model, directory: Path, dtype: str, quantization: str = "none") -> None:
     """Write the graph and, beside it in one file, its weights, each once.
 
     What the exporter notes of its own is left out: the places in the sources, with the paths of this machine. Of a
@@ -161,6 +162,8 @@ def save_graph(graph: ir.Model, directory: Path, dtype: str) -> None:
     ir.save(graph, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
     if dtype == "bfloat16":  # ONNX Runtime's CPU kernels know no bfloat16: a second graph over the same weights
         ir.save(widen(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
+    elif quantization != "none":
+        ir.save(specialize(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
 
 
 def _module_path(node: ir.Node) -> str:
@@ -173,7 +176,7 @@ def _module_path(node: ir.Node) -> str:
 
 def describe(
     graph: ir.Model, config: dict[str, Any], parameters: int, *, dtype: str, logits: str, max_batch: int,
-    max_length: int,
+    max_length: int, quantization: str = "none",
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest but for its file list and its verdict."""
     states = [
@@ -193,9 +196,10 @@ def describe(
         "model": {"type": config["model_type"], "config": config, "parameters": parameters},
         "graph": {
             "file": GRAPH,
-            "cpu_file": CPU_GRAPH if dtype == "bfloat16" else GRAPH,
+            "cpu_file": GRAPH if dtype != "bfloat16" and quantization == "none" else CPU_GRAPH,
             "opset": graph.opset_imports[""],
             "dtype": dtype,
+            "quantization": quantization,
             "logits": logits,
             "vocabulary": config["vocab_size"],
             "max_batch": max_batch,

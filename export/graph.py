@@ -24,6 +24,7 @@ from runtime.artifact import INPUTS
 from wm_models import LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
+from wm_models.experts import ExpertMLP
 from wm_models.passes import StepPass
 
 OPSET = 24
@@ -94,6 +95,16 @@ def fuse_attention(attention: DMAttention) -> None:
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
 
 
+def unfuse_experts(mlp: ExpertMLP) -> None:
+    """Let the chosen experts' rows be gathered, then multiplied: torch's kernels that copy none are not in ONNX."""
+
+    def mix(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        strength = mlp.act_fn((mlp.down_embed(experts) @ x[..., None])[..., 0]) * weights
+        return (strength[:, None] @ mlp.up_embed(experts))[:, 0]
+
+    mlp.mix = mix
+
+
 class StepGraph(nn.Module):
     """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
 
@@ -105,6 +116,8 @@ class StepGraph(nn.Module):
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
                     fuse_attention(module)
+                elif isinstance(module, ExpertMLP):
+                    unfuse_experts(module)
 
     def forward(
         self,

@@ -3,17 +3,22 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import onnx_ir as ir
 import torch
 
+from runtime import load
 from wm_models.decoder import DecoderForCausalLM
 
 from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
 from .graph import lower
 from .numbers import check_biases, check_weights
+from .quantize import BITS, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
-from .verify import Comparison, check_and_record, references
+from .verify import Comparison, check, check_quantized, record_verdicts, references
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
@@ -27,6 +32,7 @@ def export_onnx(
     max_length: int | None = None,
     max_batch: int = 8,
     logits: str = "last",
+    quantize: str | None = None,
     seed: int = 0,
     force: bool = False,
     stage: Callable[[str], None] = lambda name: None,
@@ -35,7 +41,8 @@ def export_onnx(
     """Export `source`, a checkpoint directory or a preset's name, into the artifact directory `out`, and verify it.
 
     `dtype` of weights, caches and arithmetic: fp32, fp16 or bf16. `max_length` in tokens (default: what RoPE allows);
-    `max_batch` slots; `logits` of the last real token or of all; `seed` for a preset's random weights; `force`
+    `max_batch` slots; `logits` of the last real token or of all; `quantize` the weights to int8 or
+    int4, caches and arithmetic staying fp32; `seed` for a preset's random weights; `force`
     replaces what `out` holds once the new artifact is whole. `stage` and `report` are told of progress.
 
     Returns the comparisons with the eager model. An artifact that fails one is kept for inspection, but marked: it
@@ -44,6 +51,10 @@ def export_onnx(
     source, out = os.fspath(source), Path(out)
     if dtype not in DTYPES:
         raise ExportError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if quantize is not None and (quantize not in BITS or dtype != "fp32"):
+        raise ExportError(
+            f"--quantize is {quantize!r} with --dtype {dtype}; expected one of {', '.join(BITS)}, with --dtype fp32"
+        )
     if logits not in LOGITS:
         raise ExportError(f"--logits is {logits!r}; expected one of {', '.join(LOGITS)}")
     if max_batch < 1:
@@ -58,27 +69,50 @@ def export_onnx(
             f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
             'no step graph; set "expert_routing": "token" in config.json if the weights were trained for it'
         )
+    sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length}
+    config, parameters = model.config.to_dict(), parameter_count(model)
+    origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
     with replacing(out, force) as directory:
         copy_texts(model, source, directory)
-        stage("computing the eager model's answers")
-        answers, biases = references(model, max_length, max_batch)
-        check_biases(biases, DTYPES[dtype])
+        answers = None
+        if quantize is None:
+            stage("computing the eager model's answers")
+            answers, biases = references(model, max_length, max_batch)
+            check_biases(biases, DTYPES[dtype])
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
-        name = str(torch_dtype).removeprefix("torch.")
-        config, parameters = model.config.to_dict(), parameter_count(model)
+        options = {**sizes, "dtype": str(torch_dtype).removeprefix("torch."), "quantization": quantize or "none"}
         model.to(dtype=torch_dtype)  # type: ignore[call-arg]
-        graph = lower(model, max_batch=max_batch, max_length=max_length, all_logits=logits == "all")
-        stage("writing")
-        save_graph(graph, directory, name)
-        manifest = describe(
-            graph, config, parameters, dtype=name, logits=logits, max_batch=max_batch, max_length=max_length
-        )
-        del model, graph  # one copy of the weights at a time
+        graph = lower(model, max_batch=max(max_batch, ROWS), max_length=max_length, all_logits=logits == "all")
+        del model  # one copy of the weights at a time
+        with TemporaryDirectory(dir=directory) as exact:
+            if quantize is not None:
+                graph = _quantized(graph, Path(exact), config, BITS[quantize], sizes, stage)
+            stage("writing")
+            save_graph(graph, directory, options["dtype"], options["quantization"])
+        manifest = describe(graph, config, parameters, **options)
+        del graph
         write_manifest(directory, manifest, verified=False)
         stage("verifying")
-        origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
-        return check_and_record(directory, manifest, answers, origin, report)
+        if answers is None:
+            verdicts = check_quantized(directory, load_model(source, seed), report)
+        else:
+            verdicts = check(directory, answers, report)
+        record_verdicts(directory, manifest, origin, verdicts)
+        return verdicts
+
+
+def _quantized(
+    graph: ir.Model, exact: Path, config: dict[str, Any], bits: int, sizes: dict[str, Any], stage: Callable[[str], None]
+) -> ir.Model:
+    """The graph with quantised weights. An artifact of the float32 one, in the directory `exact`, writes the text."""
+    save_graph(graph, exact, "float32")
+    manifest = describe(graph, config, 0, dtype="float32", **{**sizes, "max_batch": ROWS})
+    write_manifest(exact, manifest, verified=False)
+    stage("writing text with the float32 model")
+    text = written_text(load(exact, allow_unverified=True)) if bits < 8 else None
+    stage("quantising")
+    return quantize_graph(exact, manifest["graph"]["file"], bits, text)
 
 
 def checked_length(model: DecoderForCausalLM, max_length: int | None) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+from .builders import MODULES
 from .errors import ArtifactError
 from .onnx_file import OnnxFile, OnnxFormatError, Value, read_onnx
 from .signature import check_signature
@@ -26,11 +27,12 @@ MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
 DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATIONS = ("none", "int8", "int4")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
 DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
 
 # Far beyond any model, and small enough that reading up to them harms no machine.
-MOST_FILES, MOST_STATES, MOST_CAPACITIES = 256, 1 << 14, 64
+MOST_FILES, MOST_STATES, MOST_CAPACITIES, MOST_ENGINES = 256, 1 << 14, 64, 64
 MOST_SLOTS, MOST_TOKENS = 1 << 16, 1 << 26
 LARGEST_MANIFEST, LARGEST_TEXT = 4 << 20, 64 << 20  # bytes; texts are what is read whole: JSON files and graphs
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -52,17 +54,44 @@ class State:
 
 @dataclass(frozen=True)
 class Graph:
-    """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph without kernels a CPU lacks."""
+    """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph with operators that suit it better.
+
+    `dtype` is that of caches and logits, and of weights unless they have a `quantization`.
+    """
 
     file: str
     cpu_file: str
     dtype: str
+    quantization: str
     logits: str
     vocabulary: int
     max_batch: int
     max_length: int
     capacities: tuple[int, ...]
     states: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The smallest, usual and largest numbers of slots and of new tokens of one way to run an engine."""
+
+    name: str
+    batch: tuple[int, int, int]
+    sequence: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A TensorRT engine beside the graph. `aliased` are the outputs that are written where their input lies."""
+
+    file: str
+    builder: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    capacity: int
+    max_batch: int
+    profiles: tuple[Profile, ...]
+    aliased: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,7 @@ class Artifact:
     model_type: str
     parameters: int
     graph: Graph
+    engines: tuple[EngineFile, ...]
     files: dict[str, File]
     texts: dict[str, bytes]
     verified: bool
@@ -117,6 +147,7 @@ def read_artifact(
     for name in (graph.file, graph.cpu_file):
         if name not in files:
             raise ArtifactError(f"{path}: its graph {_shown(name)} is not among its files")
+    engines = tuple(_engine(entry, files) for entry in _engines(manifest))
     _check_bounds(path, graph, sum(file.size for file in files.values()))
     texts = {}
     for name, file in files.items():
@@ -132,7 +163,7 @@ def read_artifact(
             "or load it with allow_unverified=True"
         )
     return Artifact(
-        directory, text, model.get("type", str), model.get("parameters", int), graph, files, texts, verified
+        directory, text, model.get("type", str), model.get("parameters", int), graph, engines, files, texts, verified
     )
 
 
@@ -193,6 +224,7 @@ def _graph(fields: _Fields) -> Graph:
         fields.get("file", str),
         fields.get("cpu_file", str),
         fields.one_of("dtype", DTYPES),
+        fields.one_of("quantization", QUANTIZATIONS),
         fields.one_of("logits", ("last", "all")),
         fields.positive("vocabulary", 1 << 31),
         fields.positive("max_batch", MOST_SLOTS),
@@ -200,6 +232,46 @@ def _graph(fields: _Fields) -> Graph:
         tuple(capacities),
         tuple(states),
     )
+
+
+def _engines(manifest: _Fields) -> list[_Fields]:
+    """The entries of the manifest's engines, of which there need not be any."""
+    entries = manifest.sequence("engines", MOST_ENGINES) if "engines" in manifest.values else []
+    wheres = [f"{manifest.where}: engines[{index}]" for index in range(len(entries))]
+    return [_Fields(_object(entry, where), where) for entry, where in zip(entries, wheres, strict=True)]
+
+
+def _engine(fields: _Fields, files: dict[str, File]) -> EngineFile:
+    engine = EngineFile(
+        fields.get("file", str),
+        fields.one_of("builder", tuple(MODULES)),
+        fields.get("version", str),
+        tuple(fields.sequence("compute_capabilities", 16)),
+        fields.positive("capacity", MOST_TOKENS),
+        fields.positive("max_batch", MOST_SLOTS),
+        tuple(_profile(fields, index, entry) for index, entry in enumerate(fields.sequence("profiles", 16))),
+        frozenset(str(name) for name in fields.sequence("aliased", MOST_STATES)),
+    )
+    if engine.file not in files:
+        raise ArtifactError(f"{fields.where}: its file {_shown(engine.file)} is not among the manifest's files")
+    targets = engine.compute_capabilities
+    if not targets or not all(isinstance(name, str) and re.fullmatch(r"\d{1,3}\.\d", name) for name in targets):
+        raise ArtifactError(f"{fields.where}: compute_capabilities are {_shown(targets)}; expected some like '8.9'")
+    if not engine.profiles:
+        raise ArtifactError(f"{fields.where}: has no profiles; build the engine again")
+    return engine
+
+
+def _profile(engine: _Fields, index: int, value: Any) -> Profile:
+    where = f"{engine.where}: profiles[{index}]"
+    fields = _Fields(_object(value, where), where)
+    bounds = []
+    for name in ("batch", "sequence"):
+        sizes = fields.sequence(name, 3)
+        if len(sizes) != 3 or not all(_is_size(size) for size in sizes) or sizes != sorted(sizes):
+            raise ArtifactError(f"{where}: {name} is {_shown(sizes)}; expected three rising sizes")
+        bounds.append(tuple(sizes))
+    return Profile(fields.get("name", str), *bounds)
 
 
 def _is_size(value: Any) -> bool:

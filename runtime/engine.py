@@ -12,13 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .artifact import Artifact, read_artifact
+from .cuda import Device, gpu_count
 from .errors import ArtifactError, RequestError
 from .exclusive import Exclusive, exclusive
+from .gpu import GpuSession
 from .sampling import Sampler
 from .session import OnnxSession
+from .tensorrt import TensorRTSession, choose_engine
 from .text import encode, load_tokenizer, pieces, until
 
-BACKENDS = ("auto", "onnx")
+BACKENDS = ("auto", "onnx", "tensorrt")
+Session = OnnxSession | GpuSession
 
 
 def load(
@@ -31,17 +35,34 @@ def load(
 ) -> "Engine":
     """Load an artifact directory.
 
-    `backend`: "onnx", or "auto" for the best that the artifact and this machine have. `threads` to compute with
-    (default: the physical cores). With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder
-    signed is loaded. Raises `ArtifactError` for a directory that is missing, damaged, not verified or not signed,
-    ValueError for an unknown backend.
+    `backend`: "onnx" (ONNX Runtime), "tensorrt", or "auto": TensorRT where the artifact has an engine for the release
+    that is installed and there is a GPU, else ONNX Runtime. `threads` to compute with (default: the physical cores).
+    With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
+    `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that does not
+    fit this machine, `RequestError` for a GPU that is not there, ValueError for an unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
     artifact = read_artifact(Path(directory), allow_unverified, public_key)
-    return Engine(artifact, OnnxSession(artifact, threads))
+    return Engine(artifact, _session(artifact, backend, threads))
+
+
+def _session(artifact: Artifact, backend: str, threads: int | None) -> Session:
+    if backend == "auto":
+        backend = "tensorrt" if gpu_count() and _has_engine(artifact) else "onnx"
+    if backend == "tensorrt":
+        return TensorRTSession(artifact, choose_engine(artifact), Device())
+    return OnnxSession(artifact, threads)
+
+
+def _has_engine(artifact: Artifact) -> bool:
+    try:
+        choose_engine(artifact)
+    except ArtifactError:
+        return False
+    return True
 
 
 class Engine:
@@ -52,8 +73,8 @@ class Engine:
     any use in a process forked since it was loaded.
     """
 
-    def __init__(self, artifact: Artifact, session: OnnxSession):
-        self.artifact, self.graph, self.session = artifact, artifact.graph, session
+    def __init__(self, artifact: Artifact, session: Session):
+        self.artifact, self.graph, self.session = artifact, session.graph, session
         self.tokenizer = load_tokenizer(artifact)
         self.end_ids = _end_ids(artifact)
         self.in_use = Exclusive()
@@ -90,6 +111,10 @@ class Engine:
         each slot's last real token, in a buffer that the next call may overwrite. Raises `RequestError` before
         anything runs where an id is outside the vocabulary or a slot would pass the artifact's length.
         """
+        return self._append(ids, lengths)
+
+    def _append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
+        """`prefill`, or the `likeliest` ids (B,) in place of the logits, -1 where those are not finite."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (B, S), neither of them 0")
@@ -105,11 +130,12 @@ class Engine:
         while done < width:
             size = self._fit(width - done)
             real = (new - done).clip(0, size)
-            logits = self.session.step(ids[:, done : done + size], self._lengths, real)
+            found = self.session.step(ids[:, done : done + size], self._lengths, real, likeliest)
             self._lengths = self._lengths + real
             if done == 0 and size == width:
-                return logits
-            result = logits.copy() if result is None else np.where((real > 0)[:, None], logits, result)
+                return found
+            took = (real > 0) if likeliest else (real > 0)[:, None]
+            result = found.copy() if result is None else np.where(took, found, result)
             done += size
         assert result is not None
         return result
@@ -149,26 +175,26 @@ class Engine:
         room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
         if room < 1:
             return
-        held: np.ndarray | None = None
+        held, new = None, seen
         for _ in range(room):
             with self.in_use:  # until the token is chosen: the next step overwrites the logits
                 if held is None:
                     self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
-                    logits = self.prefill([seen])
-                elif held is self._lengths:
-                    logits = self.decode(seen[-1:])
-                else:
+                elif held is not self._lengths:
                     raise RequestError("another call used this stream's slot; finish a stream before the next call")
+                # where the likeliest token will do, it is chosen where the logits are
+                found = self._append(np.array([new]), likeliest=sampler.greedy)
                 held = self._lengths
-                if not np.isfinite(logits).all():
+                if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
                     raise RequestError(
                         f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
                     )
-                token = int(sampler(logits, [seen])[0])
+                token = int(found[0] if sampler.greedy else sampler(found, [seen])[0])
             if token in ends:
                 return
             seen.append(token)
             yield token
+            new = [token]
 
     def generate(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
@@ -227,7 +253,7 @@ class Engine:
             capacity = self._bucket(longest + width)
             if capacity > self.session.capacity:
                 self.session.grow(capacity)
-        return max(1, min(width, self.session.capacity - longest))
+        return max(1, min(width, self.session.capacity - longest, self.session.chunk))
 
 
 def _end_ids(artifact: Artifact) -> frozenset[int]:

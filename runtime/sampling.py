@@ -43,6 +43,11 @@ class Sampler:
             raise RequestError(f"seed is {self.seed}; expected 0 or more, or none")
         self.draw = np.random.default_rng(self.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is simply the one with the largest logit."""
+        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+
     def __call__(self, logits: np.ndarray, seen: Sequence[Sequence[int]]) -> np.ndarray:
         """The next ids (B,), int64, from logits (B, V), float32, and the ids so far of each row."""
         return np.array([self._one(row, ids) for row, ids in zip(logits, seen, strict=True)], np.int64)
@@ -51,7 +56,7 @@ class Sampler:
         best = int(logits.argmax())  # of a NaN, where there is one
         if not np.isfinite(logits[best]):
             raise RequestError(f"the largest logit is {logits[best]}; the weights or the dtype overflow")
-        if self.temperature == 0.0 and self.repetition_penalty == 1.0:
+        if self.greedy:
             return best
         scores = logits.astype(np.float64)
         if self.repetition_penalty != 1.0 and len(seen):

@@ -34,6 +34,7 @@ class OnnxSession:
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
+        self.chunk = self.graph.max_length
         self.batch = self.capacity = 0
         self.caches: list[np.ndarray] = []
         self._bindings: dict[int, tuple[Any, list[np.ndarray], np.ndarray]] = {}
@@ -58,10 +59,13 @@ class OnnxSession:
         for cache in self.caches:
             cache.fill(0)
 
-    def step(self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
+    def step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+    ) -> np.ndarray:
         """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
 
         Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
+        With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
         """
         length = input_ids.shape[1]
         if length not in self._bindings:
@@ -76,13 +80,8 @@ class OnnxSession:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {_first_line(error)}") from error
-        if self.graph.dtype == "bfloat16":
-            logits = (logits.astype(np.uint32) << 16).view(np.float32)
-        if logits.shape[1] == 1:
-            last = logits[:, 0]
-        else:
-            last = logits[np.arange(self.batch), np.maximum(sequence_lengths - 1, 0)]
-        return last.astype(np.float32, copy=False)
+        found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
+        return likeliest_ids(found) if likeliest else found
 
     def _bind(self, length: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
         """Buffers for steps of S = `length` tokens, bound once: inputs (B, S), (B), (B), and the logits."""
@@ -101,6 +100,23 @@ class OnnxSession:
     def _hold(self, caches: list[np.ndarray], batch: int, capacity: int) -> None:
         self.caches, self.batch, self.capacity = caches, batch, capacity
         self._bindings = {}
+
+
+def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits that numpy can compute with: it knows no bfloat16, whose bits are the upper half of a float32's."""
+    return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
+
+
+def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
+    """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
+
+
+def likeliest_ids(logits: np.ndarray) -> np.ndarray:
+    """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
+    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
 
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:

@@ -1,8 +1,14 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wm_models import DogeForCausalLM
 
@@ -54,3 +60,48 @@ def tokens() -> torch.Tensor:
     """(3, 100) ids, no two equal in a row: equal tokens have equal biases, and ties may be broken either way."""
     draw = torch.Generator().manual_seed(1)
     return torch.stack([torch.randperm(SMALL["vocab_size"], generator=draw)[:100] for _ in range(3)])
+
+
+DATA = Path(__file__).parent / "data"
+
+
+class Golden(NamedTuple):
+    """A public implementation's checkpoint, and what it computed: see tests/data/README.md."""
+
+    name: str
+    config: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+    def save(self, directory: Path, shard: int = 0) -> Path:
+        """Write it as that implementation did: one file, or shards of `shard` tensors with an index."""
+        directory.mkdir(parents=True, exist_ok=True)
+        model_type = self.name.split("-")[0]
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type, **self.config}))
+        if not shard:
+            save_file(self.state, directory / "model.safetensors", metadata={"format": "pt"})
+            return directory
+        names, weight_map = sorted(self.state), {}
+        for start in range(0, len(names), shard):
+            part = {name: self.state[name] for name in names[start : start + shard]}
+            file = f"model-{start:05}.safetensors"
+            save_file(part, directory / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return directory
+
+
+def golden(name: str) -> Golden:
+    with safe_open(DATA / f"{name}.safetensors", framework="pt") as file:
+        parts: dict[str, dict[str, torch.Tensor]] = {"state": {}, "input": {}, "output": {}}
+        for key in file.keys():  # noqa: SIM118
+            part, rest = key.split(".", 1)
+            parts[part][rest] = file.get_tensor(key)
+        return Golden(name, json.loads(file.metadata()["config"]), parts["state"], parts["input"], parts["output"])
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-5 of the larger of one and the largest value."""
+    limit = 1e-5 * max(1.0, expected.abs().max().item())
+    assert (found - expected).abs().max().item() <= limit

@@ -48,11 +48,13 @@ class DMAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.A = nn.Parameter(torch.zeros(config.key_value_heads))
-        self.dt_proj = nn.Linear(narrow, config.key_value_heads, bias=config.attention_bias)
+        self.A = nn.Parameter(torch.zeros(config.bias_heads))
+        self.dt_proj = nn.Linear(narrow, config.bias_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_size, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def new_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""
@@ -90,12 +92,12 @@ def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tup
 
 
 def attend_packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, causal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
     """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
 
-    `visible`, bool, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i. No S×L tensor is
-    made here, and the bias's gradient flows through the keys.
+    `mask`, bool or additive, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i. No S×L
+    tensor is made here, and the bias's gradient flows through the keys.
     """
     heads, size = query.shape[1], query.shape[-1]
     groups = key.shape[-1] - size
@@ -106,7 +108,7 @@ def attend_packed(
         torch.cat([query, channel], dim=-1),
         key,
         value,
-        attn_mask=visible,
+        attn_mask=mask,
         is_causal=causal,
         scale=size**-0.5,
         enable_gqa=key.shape[1] != heads,
@@ -128,3 +130,20 @@ def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.
     # of a tied key: how many keys are larger, or equal and later
     ahead = (larger | tied).sum(-1, keepdim=True, dtype=torch.int32) - tied.cumsum(-1, dtype=torch.int32)
     return visible & (larger | tied & (ahead < keep))
+
+
+def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The mask of models that drop a share of all keys (2025-01): additive, (B, Hm, S, L), in the bias's dtype.
+
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool, lengths (B) int64, each sequence's keys. With n = int(length · ratio)
+    > 0, keys whose bias is below the n-th smallest of all the sequence's keys are dropped, the same for every query.
+    A query with no visible key left attends to all that are only dropped or only hidden alike, as those models were
+    trained, so there are two steps down: one for either, both for a key that is dropped and hidden.
+    """
+    low = torch.finfo(bias.dtype).min / 2
+    present = torch.arange(bias.shape[-1], device=bias.device) < lengths[:, None, None, None]
+    count = (lengths.double() * ratio).long()[:, None, None, None].expand(-1, bias.shape[1], -1, -1)
+    ranked = torch.where(present, bias, torch.inf).sort(dim=-1).values
+    last = ranked.gather(-1, (count - 1).clamp(min=0))
+    stays = present & ((bias >= last) | (count == 0))
+    return torch.where(stays, 0.0, low).to(bias.dtype) + torch.where(visible, 0.0, low).to(bias.dtype)

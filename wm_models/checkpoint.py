@@ -1,11 +1,18 @@
-"""Is this directory a checkpoint of that model? Answered before a weight is read.
+"""What a stored checkpoint is, and how it loads: the one place that knows how other models spell their tensors.
 
-Every tensor's name and shape is in the headers of the safetensors files, so all that is wrong can be named at once.
+Every tensor's name and shape is in the headers of the safetensors files, so a checkpoint is recognised, and all that is
+wrong with it is named, before a weight is read. A generation differs from this project's own spelling in parts of names
+and in its config's fields; the numbers are the same but where `convert` says otherwise.
+
+D hidden size, H query heads, K key/value heads, n and r of the experts' keys.
 """
 
 import json
+import logging
 import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +23,236 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration import DogeConfig
 
-HEAD = "lm_head.weight"
+HEAD, CLASSIFIER = "lm_head.weight", "score.weight"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+EVERY_KEY = 2**31 - 1  # a keep window for models that have none
+
+EXPERT_TENSORS = r"\.mlp\.(down_embed|up_embed|router_gate|queries|keys)(\.weight)?$"
+
+Values = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+State = dict[str, torch.Tensor]
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or not of this model; one line that names what is wrong, all of it."""
 
 
-def checked_directory(model_class: type[PreTrainedModel], source: Any, options: dict[str, Any]) -> Any:
-    """`source` as a local directory whose checkpoint fits `model_class`.
+@dataclass(frozen=True)
+class Generation:
+    """One published spelling of a model.
+
+    `spelling` maps parts of this project's tensor names (between dots) to theirs; `fields` maps their config to this
+    project's; `convert` changes the tensors, already under this project's names, that mean something else there.
+    """
+
+    name: str
+    model_type: str
+    config_class: type[DogeConfig] = DogeConfig
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    fields: Callable[[Values], Values] = dict
+    convert: Callable[[State, Values], None] | None = None
+
+    def spell(self, name: str) -> str:
+        """This project's tensor name, as the generation writes it."""
+        return ".".join(self.spelling.get(part, part) for part in name.split("."))
+
+
+def _rename(values: Values, **names: str) -> Values:
+    """`values` with each field renamed where it is there."""
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def _fields_2025_08(values: Values) -> Values:
+    return {**values, "num_bias_heads": values.get("num_attention_heads"), "query_key_norm": False}
+
+
+def _fields_2025_04(values: Values) -> Values:
+    values = _rename(values, hidden_bias="attention_bias")
+    return {**_fields_2025_08(values), "mlp_bias": values.get("attention_bias", False)}
+
+
+def _fields_2025_01(values: Values) -> Values:
+    values = _rename(values, num_cdmoe_experts="num_experts", num_cdmoe_heads="num_expert_heads")
+    values.pop("is_causal", None)  # see _convert_2025_01
+    rope = values.setdefault("rope_scaling", {"rope_type": "dynamic", "factor": 4.0})
+    if rope and rope.get("original_max_position_embeddings") == values.get("max_position_embeddings"):
+        values["rope_scaling"] = {k: v for k, v in rope.items() if k != "original_max_position_embeddings"}
+    per_head = values.pop("num_cdmoe_experts_per_head", None)
+    if per_head is not None:
+        values["num_experts_per_tok"] = per_head * values.get("num_expert_heads", 1)
+    return {**_fields_2025_04(values), "keep_window_size": EVERY_KEY, "expert_routing": "product_keys"}
+
+
+def _convert_2025_01(state: State, values: Values) -> None:
+    """`is_causal` turned the bias off. With A = 0 every bias is one, which the softmax cancels."""
+    if values.get("is_causal"):
+        for name in state:
+            if name.endswith("self_attn.A"):
+                state[name] = torch.zeros_like(state[name])
+
+
+OLD_SPELLING = {
+    "embed_tokens": "word_embed",
+    "norm": "final_layernorm",
+    "input_layernorm": "pre_layernorm",
+    "input_residual": "pre_residual.weight",
+    "post_attention_layernorm": "post_layernorm",
+    "post_attention_residual": "post_residual.weight",
+    "mlp": "feed_forward",
+    "score": "classifier",
+}
+
+# Where two generations have the same tensors (2025-01 and 2025-04, without experts) the config tells them apart.
+GENERATIONS = (
+    Generation("wm-models", DogeConfig.model_type),
+    Generation("transformers", "doge"),
+    Generation("2025-08", "doge", fields=_fields_2025_08),
+    Generation("2025-04", "doge", spelling=OLD_SPELLING, fields=_fields_2025_04),
+    Generation("2025-01", "doge", spelling=OLD_SPELLING, fields=_fields_2025_01, convert=_convert_2025_01),
+)
+FIELDS_OF_2025_01 = ("dynamic_mask_ratio", "is_causal", "num_cdmoe_experts", "rope_scaling")
+FIELDS_OF_2025_04 = ("keep_window_size", "num_experts", "num_experts_per_tok")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose tensors were found to be those of a model."""
+
+    directory: Path
+    generation: Generation
+    config: DogeConfig
+    names: dict[str, str]  # stored name of each tensor to load, by the model's name
+    inherited: frozenset[str]  # tensors of experts that an MLP checkpoint has not
+    values: Values  # config.json
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers can load the files as they are."""
+        return not self.generation.spelling and self.generation.convert is None and not self.inherited
+
+    def state(self) -> State:
+        """Every tensor under the model's own name; experts that join an MLP start with nothing to add."""
+        stored: State = {}
+        for path in _files(self.directory):
+            with safe_open(path, framework="pt") as file:
+                stored.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        state = {name: stored[key] for name, key in self.names.items()}
+        if self.generation.convert is not None:
+            self.generation.convert(state, self.values)
+        for name in self.inherited:
+            if name.endswith("up_embed.weight"):
+                state[name] = torch.zeros(self.config.num_experts, self.config.hidden_size)
+        return state
+
+
+def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: dict[str, Any]) -> Checkpoint:
+    """Recognise the checkpoint in `source`, a local directory or a hub model, as one of `model_class`.
 
     `options` are `from_pretrained`'s: the hub's (`revision`, `token`, `cache_dir`, `local_files_only`), `config`, and
-    `state_dict`, with which no directory is looked at. Raises `CheckpointError`.
+    fields that are set over config.json's. Raises `CheckpointError`.
     """
-    if source is None or options.get("state_dict") is not None:
-        return source
     directory = _local(os.fspath(source), options)
-    expected, tied = _expected_shapes(model_class, directory, options)
-    found = _stored_shapes(directory)
-    optional = {HEAD} if tied else set()
+    values = _read_json(directory / "config.json")
+    stored = _stored_shapes(directory)
+    candidates = _candidates(model_class, directory, values, stored)
+    near: list[tuple[int, Generation, str]] = []
+    for generation in candidates:
+        config, expected = _expected(model_class, directory, generation.fields(values), options)
+        names, optional = _names(model_class, generation, expected, config, stored)
+        inherited: frozenset[str] = frozenset()
+        if config.is_moe and not values.get("is_moe", False):
+            inherited = frozenset(n for n in expected if re.search(EXPERT_TENSORS, n) and names[n] not in stored)
+        found, faults = _compare(names, expected, stored, optional | inherited)
+        if not found:
+            loaded = {name: key for name, key in names.items() if key in stored}
+            checkpoint = Checkpoint(directory, generation, config, loaded, inherited, values)
+            note = f", whose MLPs get {config.num_experts} experts" if inherited else ""
+            log.info("%s: a checkpoint of generation %s%s", directory, generation.name, note)
+            return checkpoint
+        near.append((found, generation, faults))
+    _, generation, faults = min(near, key=lambda entry: entry[0])
+    raise CheckpointError(
+        f"{directory}: its tensors do not fit config.json; the nearest generation is {generation.name}: {faults}"
+    )
+
+
+def field_options(model_class: type[PreTrainedModel], options: dict[str, Any]) -> Values:
+    """The `options` of `from_pretrained` that are fields of the model's config."""
+    names = {"num_labels", *model_class.config_class.__dataclass_fields__} - {"dtype"}  # type: ignore[union-attr]
+    return {name: options[name] for name in names & options.keys()}
+
+
+def _candidates(
+    model_class: type[PreTrainedModel], directory: Path, values: Values, stored: Shapes
+) -> list[Generation]:
+    """The generations that config.json may describe, the likelier first."""
+    model_type = values.get("model_type")
+    known = [generation for generation in GENERATIONS if generation.config_class is model_class.config_class]
+    found = [generation for generation in known if generation.model_type == model_type]
+    if not found:
+        expected = " or ".join(sorted({repr(generation.model_type) for generation in known}))
+        raise CheckpointError(
+            f"{directory / 'config.json'}: model_type is {model_type!r}, so this is not a "
+            f"{model_class.__name__.removesuffix('ForCausalLM')} checkpoint; expected {expected}"
+        )
+    older, newer = (
+        sum(values.get(name) is not None for name in names) for names in (FIELDS_OF_2025_01, FIELDS_OF_2025_04)
+    )
+    parts = {part for name in stored for part in name.split(".")}
+
+    def unlikely(generation: Generation) -> tuple[bool, bool]:
+        return generation.spell("embed_tokens") not in parts, generation.name == "2025-04" and older > newer
+
+    return sorted(found, key=unlikely)
+
+
+def _expected(
+    model_class: type[PreTrainedModel], directory: Path, values: Values, options: dict[str, Any]
+) -> tuple[DogeConfig, Shapes]:
+    """The config and every tensor's shape by name of the model that is to be built.
+
+    A field that is given as an option goes over config.json's, and so decides the shapes too.
+    """
+    given = options.get("config")
+    config_class: Any = model_class.config_class
+    values = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
+    fields = field_options(model_class, options)
+    try:
+        config: DogeConfig
+        if given is None:
+            config = config_class.from_dict({**values, **fields})
+        elif isinstance(given, PreTrainedConfig):
+            config = given if isinstance(given, DogeConfig) else config_class.from_dict(given.to_dict())
+        else:
+            config = config_class.from_pretrained(given, **fields)
+        with torch.device("meta"):
+            model = model_class._from_config(config)
+    except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
+        kind = "" if isinstance(error, ValueError) else f"no model has these values: {type(error).__name__}: "
+        raise CheckpointError(f"{directory / 'config.json'}: {kind}{_one_line(error)}") from error
+    return config, {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _names(
+    model_class: type[PreTrainedModel], generation: Generation, expected: Shapes, config: DogeConfig, stored: Shapes
+) -> tuple[dict[str, str], set[str]]:
+    """The stored name of every expected tensor, and the expected tensors that may be missing.
+
+    A bare model loads out of a whole one's checkpoint and the reverse; a tied head and a new classifier may be missing.
+    """
     prefix = f"{model_class.base_model_prefix}."
-    if not any(name.startswith(prefix) for name in expected):  # the bare model, out of a whole one
-        if any(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): shape for name, shape in found.items() if name != HEAD}
-    elif not any(name.startswith(prefix) for name in found):  # the whole model, out of a bare one
-        found = {prefix + name if prefix + name in expected else name: shape for name, shape in found.items()}
-    _compare(directory, found, expected, optional)
-    return str(directory)
+    whole = any(name.startswith(prefix) for name in stored)
+    names = {}
+    for name in expected:
+        bare = name.removeprefix(prefix)
+        is_head = name in (HEAD, CLASSIFIER)
+        names[name] = generation.spell(name if is_head else prefix + bare if whole else bare)
+    optional = {HEAD} if config.tie_word_embeddings else set()
+    if HEAD in stored:
+        optional.add(CLASSIFIER)
+    return names, optional
 
 
 def _local(source: str, options: dict[str, Any]) -> Path:
@@ -67,49 +275,20 @@ def _local(source: str, options: dict[str, Any]) -> Path:
         ) from error
 
 
-def _config_values(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    values = _read_json(path)
-    if values.get("model_type") != DogeConfig.model_type:
-        raise CheckpointError(
-            f"{path}: model_type is {values.get('model_type')!r}, so this is not a Doge checkpoint; expected 'doge'"
-        )
-    return values
-
-
-def _expected_shapes(
-    model_class: type[PreTrainedModel], directory: Path, options: dict[str, Any]
-) -> tuple[Shapes, bool]:
-    """Every tensor's shape by name in the model that `from_pretrained` will build, and whether its head is tied."""
-    values = _config_values(directory)
-    config = options.get("config")
-    # transformers sets a field given as an option over config.json's, so it decides the shapes too
-    fields = {name: options[name] for name in DogeConfig.__dataclass_fields__.keys() & options if name != "dtype"}
-    try:
-        if config is None:
-            config = DogeConfig.from_dict(values, **fields)
-        elif not isinstance(config, PreTrainedConfig):
-            config = DogeConfig.from_pretrained(config, **fields)
-        with torch.device("meta"):
-            model = model_class._from_config(config)
-    except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
-        kind = "" if isinstance(error, ValueError) else f"no model has these values: {type(error).__name__}: "
-        raise CheckpointError(f"{directory / 'config.json'}: {kind}{_one_line(error)}") from error
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, config.tie_word_embeddings
-
-
-def _stored_shapes(directory: Path) -> Shapes:
-    """Every stored tensor's shape, by name."""
+def _files(directory: Path) -> list[Path]:
+    """The files that hold the weights."""
     if (directory / INDEX).exists() and not (directory / WHOLE).exists():  # transformers reads the whole file first
         weight_map = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{directory / INDEX}: has no weight_map; save the checkpoint again")
-        files = sorted({str(name) for name in weight_map.values()})
-    else:
-        files = [WHOLE]
+        return [directory / name for name in sorted({str(name) for name in weight_map.values()})]
+    return [directory / WHOLE]
+
+
+def _stored_shapes(directory: Path) -> Shapes:
+    """Every stored tensor's shape, by name."""
     shapes: Shapes = {}
-    for name in files:
-        path = directory / name
+    for path in _files(directory):
         if not path.exists():
             pickled = sorted(file.name for file in directory.glob("*.bin"))
             hint = f"; {pickled[0]} is a pickle: convert it to safetensors" if pickled else ""
@@ -124,21 +303,26 @@ def _stored_shapes(directory: Path) -> Shapes:
     return shapes
 
 
-def _compare(directory: Path, found: Shapes, expected: Shapes, optional: set[str]) -> None:
-    """Raise one `CheckpointError` that lists every missing, unexpected and wrongly shaped tensor."""
-    missing = sorted(expected.keys() - found.keys() - optional)
-    unexpected = sorted(found.keys() - expected.keys())
-    wrong = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+def _compare(
+    names: dict[str, str], expected: Shapes, stored: Shapes, optional: set[str] | frozenset[str]
+) -> tuple[int, str]:
+    """How many tensors are missing, unexpected or wrongly shaped, and which, all of them."""
+    needless = {HEAD} if HEAD not in expected else set()  # a bare model or a classifier has no use for it
+    missing = sorted(names[name] for name in expected.keys() - optional if names[name] not in stored)
+    unexpected = sorted(stored.keys() - set(names.values()) - needless)
+    wrong = [
+        f"{names[name]} is {list(stored[names[name]])}, expected {list(expected[name])}"
+        for name in sorted(expected)
+        if names[name] in stored and stored[names[name]] != expected[name]
+    ]
     faults = []
     if missing:
         faults.append(f"missing {len(missing)}: {', '.join(missing)}")
     if unexpected:
         faults.append(f"unexpected {len(unexpected)}: {', '.join(unexpected)}")
     if wrong:
-        shapes = (f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in wrong)
-        faults.append(f"wrong shape {len(wrong)}: {'; '.join(shapes)}")
-    if faults:
-        raise CheckpointError(f"{directory}: its tensors do not fit config.json: {'. '.join(faults)}")
+        faults.append(f"wrong shape {len(wrong)}: {'; '.join(wrong)}")
+    return len(missing) + len(unexpected) + len(wrong), ". ".join(faults)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Configuration of Doge: the fields of `transformers`' own `DogeConfig`, checked, and the router's choice."""
+"""Configuration of Doge: the fields of `transformers`' own `DogeConfig`, checked, and a switch for each difference
+between the published models."""
 
 import math
 from typing import Any
@@ -6,37 +7,68 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
+ROUTINGS = ("token", "batch", "product_keys")
+
 
 @strict
 class DogeConfig(transformers.DogeConfig):
     """Hyper-parameters of a Doge model (paper, section 3; names as in `transformers.DogeConfig`).
 
-    `expert_routing` says how a CDMoE layer splits the router's 2n outputs into two lists of n scores:
-    `"token"` splits each token's own row, so a token's experts depend on that token alone;
-    `"batch"` splits the flattened batch in two halves, as the published CDMoE weights were trained, which mixes
-    tokens: such a model is not causal over a full pass and cannot be exported or batched.
-    A config file that lacks the field was written by `transformers` and means `"batch"`.
+    Attention: `num_bias_heads`, rows of the bias, one for each key/value head (None) or for each query head;
+    `query_key_norm`, whether queries and keys are normalised before RoPE; `keep_window_size`, the keys that a query
+    attends to at most; `dynamic_mask_ratio`, the share of all keys, those of smallest bias, that nothing attends to.
 
+    `expert_routing` says where a CDMoE layer takes its two lists of n scores from. `"token"` splits the gate's 2n
+    outputs for each token, so a token's experts depend on that token alone. `"batch"` splits the gate's outputs for
+    the flattened batch in two halves, as the published CDMoE weights were trained, which mixes tokens: such a model is
+    not causal over a full pass and cannot be exported or batched. A config file that lacks the field was written by
+    `transformers` and means `"batch"`. `"product_keys"` compares queries of `expert_retrieval_size` with learned keys,
+    for each of `num_expert_heads` heads, which share the `num_experts_per_tok` experts.
+
+    Where `transformers`' own `doge` has all that a config says, it is written as that, else as `wm_doge`.
     Raises ValueError for sizes that do not fit each other.
     """
 
+    model_type = "wm_doge"
+
+    num_bias_heads: int | None = None
+    query_key_norm: bool = True
+    dynamic_mask_ratio: float | int = 0.0
     expert_routing: str = "token"
+    num_expert_heads: int = 1
+    expert_retrieval_size: int = 64
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _check_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.key_value_heads)
+        heads, narrow = self.num_attention_heads, self.key_value_heads
+        _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", heads)
+        _check_multiple("num_attention_heads", heads, "num_key_value_heads", narrow)
         if self.head_size % 2:
             raise ValueError(f"the head size hidden_size / num_attention_heads is {self.head_size}; RoPE needs it even")
+        if self.bias_heads not in (narrow, heads):
+            raise ValueError(
+                f"num_bias_heads is {self.bias_heads}; expected num_key_value_heads or num_attention_heads, "
+                f"{narrow} or {heads}"
+            )
         if self.keep_window_size < 1:
             raise ValueError(f"keep_window_size is {self.keep_window_size}; expected at least 1")
-        if self.expert_routing not in ("token", "batch"):
-            raise ValueError(f"expert_routing is {self.expert_routing!r}; expected 'token' or 'batch'")
+        if not 0 <= self.dynamic_mask_ratio < 1:
+            raise ValueError(f"dynamic_mask_ratio is {self.dynamic_mask_ratio}; expected 0 to 1, and less than 1")
+        if self.expert_routing not in ROUTINGS:
+            raise ValueError(f"expert_routing is {self.expert_routing!r}; expected one of {', '.join(ROUTINGS)}")
         if self.is_moe:
-            if self.expert_keys**2 != self.num_experts:
-                raise ValueError(f"num_experts is {self.num_experts}; expected a square number")
-            if not 1 <= self.num_experts_per_tok <= self.num_experts:
-                raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to {self.num_experts}")
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        _check_multiple("num_experts_per_tok", self.num_experts_per_tok, "num_expert_heads", self.num_expert_heads)
+        if self.expert_keys**2 != self.num_experts:
+            raise ValueError(f"num_experts is {self.num_experts}; expected a square number")
+        if not 1 <= self.experts_per_head <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}; expected 1 to {self.num_experts}")
+        if self.expert_routing != "product_keys" and self.num_expert_heads != 1:
+            raise ValueError(f"num_expert_heads is {self.num_expert_heads}; a gate has 1, product_keys may have more")
+        if self.expert_routing == "product_keys" and self.expert_retrieval_size % 2:
+            raise ValueError(f"expert_retrieval_size is {self.expert_retrieval_size}; expected an even number")
 
     @property
     def head_size(self) -> int:
@@ -49,6 +81,16 @@ class DogeConfig(transformers.DogeConfig):
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def bias_heads(self) -> int:
+        """Hm, rows of the bias."""
+        return self.num_bias_heads or self.key_value_heads
+
+    @property
+    def experts_per_head(self) -> int:
+        """k, the experts that one head of the router chooses for a token."""
+        return self.num_experts_per_tok // self.num_expert_heads
+
+    @property
     def expert_keys(self) -> int:
         """n = sqrt(E), the length of each of the router's two score lists."""
         return math.isqrt(self.num_experts)
@@ -58,10 +100,36 @@ class DogeConfig(transformers.DogeConfig):
         """RoPE's type and parameters, which transformers fills in from any of their older spellings."""
         return {**(self.rope_parameters or {})}
 
+    @property
+    def beyond_transformers(self) -> list[str]:
+        """The fields, with their values, that `transformers`' own Doge could not follow."""
+        fields = {
+            "num_bias_heads": self.bias_heads != self.key_value_heads,
+            "query_key_norm": not self.query_key_norm,
+            "dynamic_mask_ratio": self.dynamic_mask_ratio > 0,
+            "expert_routing": self.is_moe and self.expert_routing != "batch",
+        }
+        return [f"{name}={getattr(self, name)!r}" for name, beyond in fields.items() if beyond]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The JSON object of a config file; transformers' `doge` is read as one of this class."""
+        values, rest = super().get_config_dict(*args, **kwargs)
+        if values.get("model_type") == transformers.DogeConfig.model_type:
+            values = {**values, "model_type": cls.model_type}
+        return values, rest
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DogeConfig":
         """A config from its JSON object; see `expert_routing` for what a missing routing means."""
         return super().from_dict({"expert_routing": "batch", **config_dict}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, of `transformers`' model type where that can express it."""
+        values = super().to_dict()
+        if type(self) is DogeConfig and not self.beyond_transformers:
+            values["model_type"] = transformers.DogeConfig.model_type
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and always the routing, whose absence means something else."""

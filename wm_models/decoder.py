@@ -2,7 +2,8 @@
 
 A model's own file says which mixer its layers hold.
 
-B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabulary, n length of a router's score list.
+B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabulary, h router heads,
+n length of a router's score list.
 """
 
 from collections.abc import Sequence
@@ -11,16 +12,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .attention import DMAttention, Pass
-from .checkpoint import checked_directory
+from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
-from .layers import CDMoE, GatedMLP, RotaryEmbedding
+from .experts import ExpertMLP, ProductKeyExperts, feed_forward
+from .layers import RotaryEmbedding
 from .losses import load_balancing_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
 
@@ -44,7 +47,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = CDMoE(config) if config.is_moe else GatedMLP(config)
+        self.mlp = feed_forward(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     @property
@@ -53,7 +56,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer's output, and its router's scores (B, S, 2, n) where it has experts."""
+        """The layer's output, and its router's scores (B, S, h, 2, n) where it has experts."""
         y = self.mixer(self.input_layernorm(x), run)
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
         y, scores = self.mlp(self.post_attention_layernorm(x))
@@ -72,10 +75,24 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint directory, or a model of the Hugging Face hub, whole or not at all.
 
-        Takes what `transformers.PreTrainedModel.from_pretrained` takes. Raises `CheckpointError`, naming every tensor
-        that is missing, unexpected or of the wrong shape, where the checkpoint is not one of this model.
+        Takes what `transformers.PreTrainedModel.from_pretrained` takes, and every published generation of the model,
+        recognised by its tensors. An MLP checkpoint loads as a mixture of experts with the options `is_moe=True`,
+        `num_experts` and `num_experts_per_tok`: the experts then start with nothing to add. Raises `CheckpointError`,
+        naming every tensor that is missing, unexpected or of the wrong shape, where the checkpoint is of none.
         """
-        return super().from_pretrained(checked_directory(cls, source, kwargs), *args, **kwargs)
+        if source is None or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(source, *args, **kwargs)
+        checkpoint = find_checkpoint(cls, source, kwargs)
+        for name in field_options(cls, kwargs):
+            del kwargs[name]
+        kwargs["config"] = checkpoint.config
+        if checkpoint.is_plain:
+            return super().from_pretrained(str(checkpoint.directory), *args, **kwargs)
+        model = super().from_pretrained(None, *args, state_dict=checkpoint.state(), **kwargs)
+        model.config.name_or_path = str(checkpoint.directory)
+        if (checkpoint.directory / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -85,9 +102,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DecoderLayer):
             init.ones_(module.input_residual)
             init.ones_(module.post_attention_residual)
-        elif isinstance(module, CDMoE | RotaryEmbedding):
+        elif isinstance(module, ExpertMLP | RotaryEmbedding):
             for name, value in module.constants().items():
                 init.copy_(getattr(module, name), value)
+        if isinstance(module, ProductKeyExperts):
+            init.normal_(module.keys, std=self.config.initializer_range)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -207,7 +226,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if outputs.router_logits is not None:
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.experts_per_head, attention_mask)
             loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,

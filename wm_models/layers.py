@@ -1,6 +1,6 @@
-"""The parts that need no state: gated MLP, cross domain mixture of experts, rotary positions.
+"""The parts that need no state: gated MLP and rotary positions.
 
-B batch, S new tokens, D hidden size, d head size, E experts, n = sqrt(E), k experts a token.
+B batch, S new tokens, D hidden size, d head size.
 """
 
 from collections.abc import Callable
@@ -32,65 +32,6 @@ class GatedMLP(nn.Module):
         """The layer's output (B, S, D), and no router scores."""
         gate, up = self.project(x)
         return self.down_proj(self.act_fn(gate) * up), None
-
-
-class CDMoE(GatedMLP):
-    """Cross domain mixture of experts (paper, section 3.3): a shared gated MLP plus k of E one-row experts a token.
-
-    `out = MLP(x) + sum_k g_k · up_embed[e_k]`, `g = act(x · down_embed[e]) · softmax_k(score)`.
-    """
-
-    pair_rows: torch.Tensor
-    pair_columns: torch.Tensor
-
-    def __init__(self, config: DogeConfig):
-        super().__init__(config)
-        self.keys, self.top_k = config.expert_keys, config.num_experts_per_tok
-        self.batch_split = config.expert_routing == "batch"
-        self.router_gate = nn.Linear(config.hidden_size, 2 * self.keys, bias=False)
-        self.down_embed = nn.Embedding(config.num_experts, config.hidden_size)
-        self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
-        for name, value in self.constants().items():
-            self.register_buffer(name, value, persistent=False)
-
-    def constants(self) -> dict[str, torch.Tensor]:
-        """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again.
-
-        The k largest sums of two sorted lists lie among the pairs (i, j) with (i + 1)(j + 1) <= k: any other pair
-        has at least k pairs that are no smaller before it.
-        """
-        pairs = [(i, j) for i in range(self.keys) for j in range(self.keys) if (i + 1) * (j + 1) <= self.top_k]
-        rows, columns = torch.tensor(pairs, device="cpu").T.contiguous()
-        return {"pair_rows": rows, "pair_columns": columns}
-
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Router scores of both lists, (B, S, 2, n)."""
-        batch, length, _ = x.shape
-        logits = self.router_gate(x)
-        if self.batch_split:
-            return logits.reshape(2, batch * length, self.keys).transpose(0, 1).reshape(batch, length, 2, self.keys)
-        return logits.view(batch, length, 2, self.keys)
-
-    def route(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k experts with the largest score sums, from scores (B, S, 2, n).
-
-        Returns their indices (B, S, k), int64, and their weights (B, S, k), which sum to one
-        (so transformers' `norm_topk_prob` changes nothing).
-        """
-        best, index = scores.topk(min(self.top_k, self.keys), dim=-1)
-        sums = best[..., 0, :][..., self.pair_rows] + best[..., 1, :][..., self.pair_columns]
-        top, pair = sums.topk(self.top_k, dim=-1)
-        experts = index[..., 0, :].gather(-1, self.pair_rows[pair]) * self.keys
-        experts = experts + index[..., 1, :].gather(-1, self.pair_columns[pair])
-        return experts, top.softmax(-1)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer's output (B, S, D) and its router scores (B, S, 2, n)."""
-        scores = self.scores(x)
-        experts, weights = self.route(scores)
-        strength = self.act_fn((self.down_embed(experts) @ x[..., None])[..., 0]) * weights
-        routed = (strength[..., None, :] @ self.up_embed(experts))[..., 0, :]
-        return super().forward(x)[0] + routed, scores
 
 
 class RotaryEmbedding(nn.Module):

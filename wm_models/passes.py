@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .attention import AttentionCache, attend_packed, keep_largest, pack_keys
+from .attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
 from .configuration import DogeConfig
 from .layers import RotaryEmbedding, rotate
 
@@ -63,9 +63,10 @@ class CachedPass:
         cache: Cache | None,
     ):
         self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
-        self.empty = is_empty(cache)
-        length = inputs_embeds.shape[1]
-        fits = length <= min(self.keep, config.sliding_window or self.keep)
+        self.empty, self.ratio = is_empty(cache), config.dynamic_mask_ratio
+        batch, length = inputs_embeds.shape[:2]
+        self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
+        fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
         self.padding: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -90,11 +91,16 @@ class CachedPass:
             remembered = self.cache.update(packed_key, packed_value, layer)
             if not self.empty or self.visible is not None:
                 packed_key, packed_value = remembered
-        visible = self.visible
-        if visible is not None and packed_key.shape[2] > self.keep:
-            visible = keep_largest(unpack_bias(packed_key, query.shape[-1])[:, :, None], visible, self.keep)
-            visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
-        return attend_packed(query, packed_key, packed_value, visible, causal=visible is None)
+        mask = self.visible
+        if mask is not None:
+            biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]
+            if packed_key.shape[2] > self.keep:
+                mask = keep_largest(biases, mask, self.keep)
+            if self.ratio:
+                mask = drop_smallest(biases, mask, self.lengths, self.ratio)
+            if mask.shape[1] != 1:
+                mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+        return attend_packed(query, packed_key, packed_value, mask, causal=mask is None)
 
 
 def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
@@ -118,13 +124,14 @@ class StepPass:
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
     ):
-        self.caches, self.keep = caches, config.keep_window_size
+        self.caches, self.keep, self.ratio = caches, config.keep_window_size, config.dynamic_mask_ratio
+        self.lengths = cache_lengths + sequence_lengths
         self.written: list[LayerCache] = []
         self.hidden: torch.Tensor | None = None
         capacity = caches[0].key.shape[2]
         steps = torch.arange(length, device=cache_lengths.device)
         self.positions = cache_lengths[:, None] + steps  # (B, S)
-        self.rotation = rotary(self.positions, cache_lengths + sequence_lengths)
+        self.rotation = rotary(self.positions, self.lengths)
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
         self.start = cache_lengths.clamp(max=capacity - length)
         rows = torch.arange(capacity, device=cache_lengths.device)
@@ -151,12 +158,16 @@ class StepPass:
         biases = cache.bias.transpose(2, 3)  # (B, Hm, 1, C)
         lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
-        if statically_known_true(biases.shape[3] <= self.keep):
+        fits = statically_known_true(biases.shape[3] <= self.keep)
+        visible = self.visible if fits else keep_largest(biases, self.visible, self.keep)
+        if self.ratio:
+            mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
+        elif fits:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(self.visible, 0.0, lowest).to(biases.dtype)
-            mask = biases + self.hidden  # (B, Hm, S, C)
+                self.hidden = torch.where(visible, 0.0, lowest).to(biases.dtype)
+            mask = biases + self.hidden
         else:
-            mask = torch.where(keep_largest(biases, self.visible, self.keep), biases, lowest)
+            mask = torch.where(visible, biases, lowest)
         if mask.shape[1] != query.shape[1]:
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return self.attend_masked(query, cache.key, cache.value, mask)

@@ -22,14 +22,19 @@ VARIANTS = {
                       "max_position_embeddings": 128}, {}),
     "fp16": ({}, {"dtype": "fp16"}),
     "bf16": ({}, {"dtype": "bf16"}),
+    "int8": ({}, {"quantize": "int8"}),
+    "int4": ({"logit_scale": 0.25}, {"quantize": "int4"}),
+    "int4 experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5, "logit_scale": 0.25},
+                     {"quantize": "int4", "max_length": 256}),
     "all logits": ({}, {"logits": "all", "max_batch": 2}),
     "one slot": ({}, {"max_batch": 1, "max_length": 300}),
 }  # fmt: skip
 
 
-def save_checkpoint(directory: Path, tokenizer: bool = False, **changes: object) -> Path:
-    """A randomised checkpoint of per-token routing."""
+def save_checkpoint(directory: Path, tokenizer: bool = False, logit_scale: float = 1.0, **changes: object) -> Path:
+    """A randomised checkpoint of per-token routing; four bits blur random logits unless they are small."""
     model = ours(rival(**changes), expert_routing="token")
+    model.model.norm.weight.data *= logit_scale
     model.save_pretrained(directory)
     if tokenizer:
         shipped_tokenizer().save_pretrained(directory)

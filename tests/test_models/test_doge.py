@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import assert_close, ours, rival
 
 from wm_models import DogeConfig
 
@@ -16,11 +16,6 @@ VARIANTS = {
     "experts": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5},
     "many experts a token": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 9, "norm_topk_prob": True},
 }
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    limit = 1e-5 * max(1.0, expected.abs().max().item())
-    assert (found - expected).abs().max().item() <= limit
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())

@@ -69,19 +69,19 @@ def test_a_model_whose_own_logits_are_not_finite(checkpoint, tmp_path):
         export_onnx(checkpoint, tmp_path / "artifact", max_length=60)
 
 
-def test_logits_that_are_not_finite_stop_generation(artifact):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_stop_generation(artifact, temperature):
     engine = load(artifact)
-    step, calls = engine.session.step, []
+    run, calls = engine.session.session.run_with_iobinding, []
 
-    def broken(*arguments):
-        logits = step(*arguments)
+    def broken(binding):
+        run(binding)
         calls.append(1)
         if len(calls) == 4:
-            logits[0, 5] = math.nan
-        return logits
+            next(iter(engine.session._bindings.values()))[2][..., 5] = math.nan
 
-    engine.session.step = broken
-    stream = engine.stream_ids([1, 2, 3], 10)
+    engine.session.session.run_with_iobinding = broken
+    stream = engine.stream_ids([1, 2, 3], 10, temperature=temperature)
     assert len([next(stream) for _ in range(3)]) == 3
     with pytest.raises(RequestError, match="slot 0 after token 6 are not finite"):
         next(stream)

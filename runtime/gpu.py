@@ -1,0 +1,133 @@
+"""What the GPU backends share: caches and buffers on the device, one upload and one download a step.
+
+B batch, S new tokens, C cache capacity, V vocabulary.
+"""
+
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from .artifact import Artifact, State
+from .cuda import Device
+from .errors import RequestError
+from .session import STORAGE, last_rows, likeliest_ids, widened
+
+INT64 = 8  # bytes
+
+
+class GpuSession:
+    """Static caches for B slots of C tokens in a GPU's memory; how a step runs is the subclass's.
+
+    The caches are allocated once for a batch and stay where they are, so a captured step can be replayed. Inputs go up
+    from page-locked host memory. Raises `RequestError` where memory is short.
+    """
+
+    def __init__(self, artifact: Artifact, device: Device, max_batch: int, capacities: tuple[int, ...], chunk: int):
+        self.artifact, self.device, self.chunk = artifact, device, chunk
+        self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
+        self.batch = self.capacity = 0
+        self.addresses: dict[str, int] = {}
+        self.host: dict[str, np.ndarray] = {}
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Empty caches for `batch` slots of `capacity` tokens, and the buffers of a step."""
+        if batch > self.graph.max_batch or capacity > self.graph.max_length:
+            raise RequestError(
+                f"{batch} slots of {capacity} tokens are asked for; this engine has up to {self.graph.max_batch} "
+                f"of {self.graph.max_length}; build a larger one"
+            )
+        self.release()
+        try:
+            for name, size in self.sizes(batch, capacity).items():
+                self.addresses[name] = self.device.allocate(size, f"{name} for {batch} slots of {capacity} tokens")
+            rows = self.chunk if self.graph.logits == "all" else 1
+            for name, shape, dtype in (
+                ("inputs", (batch * (self.chunk + 2),), np.int64),
+                ("logits", (batch * rows * self.graph.vocabulary,), STORAGE[self.graph.dtype]),
+                ("next_ids", (batch * rows,), np.int64),
+            ):
+                self.host[name] = self.device.host_array(shape, dtype)
+        except RequestError:
+            self.release()
+            raise
+        self.batch, self.capacity = batch, capacity
+        self.clear()
+
+    def grow(self, capacity: int) -> None:
+        """Caches of a larger capacity with the same content."""
+        raise NotImplementedError
+
+    def sizes(self, batch: int, capacity: int) -> dict[str, int]:
+        """Bytes of every buffer on the device, by name."""
+        rows = batch * (self.chunk if self.graph.logits == "all" else 1)
+        width = np.dtype(STORAGE[self.graph.dtype]).itemsize
+        sizes = {state.input: state_bytes(state, batch, capacity) for state in self.graph.states}
+        sizes["inputs"] = batch * (self.chunk + 2) * INT64
+        sizes["logits"], sizes["next_ids"] = rows * self.graph.vocabulary * width, rows * INT64
+        return sizes
+
+    def clear(self) -> None:
+        """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
+        for state in self.graph.states:
+            self.device.zero(self.addresses[state.input], state_bytes(state, self.batch, self.capacity))
+
+    def step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+    ) -> np.ndarray:
+        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+
+        Returns the logits (B, V), float32, of each slot's last real token, or, where only the `likeliest` tokens are
+        asked for, their ids (B,), int64, -1 where logits are not finite: then no logit leaves the device.
+        """
+        batch, length = input_ids.shape
+        if batch != self.batch or length > self.chunk:
+            raise RequestError(
+                f"a step of {batch} slots and {length} tokens is asked for; there are {self.batch} slots, and a step "
+                f"takes up to {self.chunk} tokens"
+            )
+        held = self.host["inputs"]
+        held[: batch * length] = input_ids.reshape(-1)
+        held[batch * length :][:batch] = cache_lengths
+        held[batch * length :][batch : 2 * batch] = sequence_lengths
+        self.execute(length)
+        rows = length if self.graph.logits == "all" else 1
+        if likeliest and self.has_next_ids:
+            self.device.synchronize()
+            ids = self.host["next_ids"][: batch * rows].reshape(batch, rows, 1)
+            return last_rows(ids, sequence_lengths)[:, 0].copy()
+        logits = self.host["logits"][: batch * rows * self.graph.vocabulary].reshape(batch, rows, -1)
+        self.device.download(logits, self.addresses["logits"])
+        self.device.synchronize()
+        found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
+        return likeliest_ids(found) if likeliest else found
+
+    has_next_ids = False
+
+    def execute(self, length: int) -> None:
+        """Put one step of S = `length` tokens on the device: upload the inputs, run, and leave logits there."""
+        raise NotImplementedError
+
+    def upload_inputs(self, length: int) -> None:
+        self.device.upload(self.addresses["inputs"], self.host["inputs"][: self.batch * (length + 2)])
+
+    def input_bindings(self, length: int) -> list[tuple[tuple[int, ...], int]]:
+        """Shape and address of `input_ids`, `cache_lengths` and `sequence_lengths`, which lie behind each other."""
+        start, batch = self.addresses["inputs"], self.batch
+        return [
+            ((batch, length), start),
+            ((batch,), start + batch * length * INT64),
+            ((batch,), start + batch * (length + 1) * INT64),
+        ]
+
+    def release(self) -> None:
+        """Give all memory back."""
+        for address in self.addresses.values():
+            self.device.free(address)
+        for array in self.host.values():
+            self.device.free_host(array)
+        self.addresses, self.host, self.batch, self.capacity = {}, {}, 0, 0
+
+
+def state_bytes(state: State, batch: int, capacity: int) -> int:
+    return prod(state.sized(batch, capacity)) * np.dtype(STORAGE[state.dtype]).itemsize

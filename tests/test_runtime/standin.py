@@ -1,0 +1,272 @@
+"""Stand-ins for CUDA's driver and for TensorRT, which record what they are asked and do it on the CPU.
+
+Device memory is host memory under its own addresses; what goes on the stream runs at once, or, while a graph is being
+captured, is kept until the graph is launched. An "engine" is an ONNX file, which a context runs in ONNX Runtime over
+the buffers that were bound to it. So a step through the stand-ins computes what the engine would, from the very
+addresses that it would read and write.
+"""
+
+import ctypes
+from enum import IntEnum
+
+import numpy as np
+import onnxruntime
+
+CODES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_VALUE = 1
+
+
+class Driver:
+    """The part of `cuda.bindings.driver` that the runtime calls. `calls` has every call's name, in order."""
+
+    CUresult = Result
+
+    class CUdevice_attribute:
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 75, 76
+
+    class CUstream_flags:
+        CU_STREAM_NON_BLOCKING = 1
+
+    class CUstreamCaptureMode:
+        CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
+
+    def __init__(self, capability=(8, 9), memory=1 << 30, gpus=1):
+        self.capability, self.total, self.gpus = capability, memory, gpus
+        self.calls: list[str] = []
+        self.blocks: dict[int, ctypes.Array] = {}
+        self.capturing: list | None = None
+
+    def __getattribute__(self, name):
+        if name.startswith("cu"):
+            object.__getattribute__(self, "calls").append(name)
+        return object.__getattribute__(self, name)
+
+    def put(self, work):
+        """Do a piece of work, or keep it in the graph that is being captured."""
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.append(work)
+        return (Result.CUDA_SUCCESS,)
+
+    def block(self, address, size):
+        """Refuse an access outside what was allocated."""
+        for start, memory in self.blocks.items():
+            if start <= address and address + size <= start + len(memory):
+                return address
+        raise AssertionError(f"{size} bytes at {address:#x} were never allocated")
+
+    def cuInit(self, flags):
+        return (Result.CUDA_SUCCESS,)
+
+    def cuDeviceGetCount(self):
+        return Result.CUDA_SUCCESS, self.gpus
+
+    def cuDeviceGet(self, index):
+        return Result.CUDA_SUCCESS, index
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return Result.CUDA_SUCCESS, "context"
+
+    def cuCtxSetCurrent(self, context):
+        return (Result.CUDA_SUCCESS,)
+
+    def cuDeviceGetName(self, length, device):
+        return Result.CUDA_SUCCESS, b"Stand-in GPU".ljust(length, b"\0")
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return Result.CUDA_SUCCESS, self.capability[attribute - 75]
+
+    def cuStreamCreate(self, flags):
+        return Result.CUDA_SUCCESS, 7
+
+    def cuMemGetInfo(self):
+        return Result.CUDA_SUCCESS, self.total - self.used, self.total
+
+    @property
+    def used(self):
+        return sum(len(memory) for memory in self.blocks.values())
+
+    def cuMemAlloc(self, size):
+        if self.used + size > self.total:
+            return Result.CUDA_ERROR_OUT_OF_MEMORY, None
+        memory = (ctypes.c_char * size)()
+        ctypes.memset(memory, 0xFF, size)  # NaN in every float: nothing may be read before it is written
+        self.blocks[ctypes.addressof(memory)] = memory
+        return Result.CUDA_SUCCESS, ctypes.addressof(memory)
+
+    cuMemAllocHost = cuMemAlloc
+
+    def cuMemFree(self, address):
+        del self.blocks[address]
+        return (Result.CUDA_SUCCESS,)
+
+    cuMemFreeHost = cuMemFree
+
+    def cuMemsetD8Async(self, address, value, size, stream):
+        return self.put(lambda: ctypes.memset(self.block(address, size), value, size))
+
+    def cuMemcpyHtoDAsync(self, to, address, size, stream):
+        return self.put(lambda: ctypes.memmove(self.block(to, size), self.block(address, size), size))
+
+    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyHtoDAsync
+
+    def cuStreamSynchronize(self, stream):
+        assert self.capturing is None, "a capture must not wait for the stream"
+        return (Result.CUDA_SUCCESS,)
+
+    def cuStreamBeginCapture(self, stream, mode):
+        self.capturing = []
+        return (Result.CUDA_SUCCESS,)
+
+    def cuStreamEndCapture(self, stream):
+        graph, self.capturing = self.capturing, None
+        return Result.CUDA_SUCCESS, graph
+
+    def cuGraphInstantiate(self, graph, flags):
+        return Result.CUDA_SUCCESS, list(graph)
+
+    def cuGraphDestroy(self, graph):
+        return (Result.CUDA_SUCCESS,)
+
+    def cuGraphExecDestroy(self, graph):
+        graph.clear()
+        return (Result.CUDA_SUCCESS,)
+
+    def cuGraphLaunch(self, graph, stream):
+        assert graph, "the graph was destroyed"
+        for work in graph:
+            work()
+        return (Result.CUDA_SUCCESS,)
+
+    def cuGetErrorString(self, error):
+        return Result.CUDA_SUCCESS, error.name.encode()
+
+
+class Context:
+    """An execution context: shapes and addresses by name, and one profile."""
+
+    def __init__(self, engine):
+        self.engine, self.shapes, self.addresses = engine, {}, {}
+        self.profile = self.memory = None
+
+    def set_optimization_profile_async(self, index, stream):
+        self.engine.record("profile", index)
+        self.profile = index
+        return True
+
+    def set_device_memory(self, address, size):
+        self.memory = self.engine.driver.block(address, size)
+
+    def is_stream_capturable(self, stream):
+        return self.engine.capturable
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return self.engine.within(name, shape, self.profile)
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return name in self.engine.kinds
+
+    def execute_async_v3(self, stream):
+        assert stream == 7
+        assert self.memory is not None
+        assert self.addresses.keys() == self.engine.kinds.keys(), "a tensor has no buffer"
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        for output, source in self.engine.aliases.items():
+            assert addresses[output] == addresses[source], f"{output} is not in place"
+        self.engine.record("run" if self.engine.driver.capturing is None else "capture", self.profile)
+        self.engine.driver.put(lambda: self.engine.run(shapes, addresses))
+        return not self.engine.fails
+
+
+class Engine:
+    """An ONNX file, run in ONNX Runtime; `bounds` are the profiles, as the manifest gives them."""
+
+    def __init__(self, data, module):
+        self.driver, self.bounds, self.aliases = module.driver, module.bounds, module.aliases
+        self.events, self.capturable, self.fails = module.events, module.capturable, module.fails
+        self.session = onnxruntime.InferenceSession(data)
+        self.kinds = {v.name: v.type for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
+
+    def record(self, *event):
+        self.events.append(event)
+
+    def within(self, name, shape, profile):
+        bounds = self.bounds[profile]
+        fits = bounds["batch"][0] <= shape[0] <= bounds["batch"][2]
+        if name == "input_ids":
+            fits = fits and bounds["sequence"][0] <= shape[1] <= bounds["sequence"][2]
+        return fits
+
+    def view(self, name, shape, addresses):
+        kind = CODES[self.kinds[name]]
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        address = self.driver.block(addresses[name], size)
+        return np.frombuffer((ctypes.c_char * size).from_address(address), kind).reshape(shape)
+
+    def run(self, shapes, addresses):
+        feed = {name: self.view(name, shape, addresses).copy() for name, shape in shapes.items()}
+        names = [value.name for value in self.session.get_outputs()]
+        for name, found in zip(names, self.session.run(names, feed), strict=True):
+            self.view(name, found.shape, addresses)[...] = found
+
+    def get_aliased_input_tensor(self, name):
+        return self.aliases.get(name)
+
+    def get_device_memory_size_for_profile_v2(self, index):
+        return 1000 * (index + 1)
+
+    def create_runtime_config(self):
+        class Config:
+            def set_execution_context_allocation_strategy(self, strategy):
+                assert strategy == "user managed"
+
+        return Config()
+
+    def create_execution_context(self, config):
+        return Context(self)
+
+
+class Module:
+    """`tensorrt_rtx`, as far as the runtime uses it. `events` records profiles, runs and captures."""
+
+    class ILogger:
+        class Severity(IntEnum):
+            ERROR = 1
+
+        def __init__(self):
+            pass
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user managed"
+
+    class DynamicShapesKernelSpecializationStrategy:
+        EAGER = "eager"
+
+    def __init__(self, driver, entry, aliases):
+        self.driver, self.bounds, self.aliases, self.__version__ = driver, entry["profiles"], aliases, entry["version"]
+        self.events: list[tuple] = []
+        self.capturable, self.fails, self.loads = True, False, True
+
+    def Runtime(self, logger):
+        module = self
+
+        class Runtime:
+            def deserialize_cuda_engine(self, data):
+                module.events.append(("deserialize",))
+                if not module.loads:
+                    logger.log(logger.Severity.ERROR, "the plan file\n is corrupt")
+                    return None
+                return Engine(data, module)
+
+        return Runtime()
+
+
+__all__ = ["Driver", "Module"]
