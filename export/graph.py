@@ -11,7 +11,8 @@ B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/val
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -26,6 +27,7 @@ from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
 from wm_models.experts import ExpertMLP
 from wm_models.passes import StepPass
+from wm_models.ssd import SSDMixer, recur, scan_chunks
 
 OPSET = 24
 
@@ -36,6 +38,12 @@ class OnnxPass(StepPass):
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         cosine, sine = (table.to(x.dtype) for table in self.rotation)
         return torch.onnx.ops.rotary_embedding(x, cosine, sine)
+
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        return super().carry(layer, partial(advance, by_length=_recur_or_scan))
+
+    def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return new
 
     def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
@@ -50,6 +58,30 @@ def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str,
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
 
 
+def _recur_or_scan(
+    c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both forms of SSD under an If: in a decode step the small nodes of chunks would cost more than their products."""
+    inputs = (c, b, x, log_decay, state)
+
+    def one(
+        c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        y, new = recur(c[:, :, :1], b[:, :, :1], x[:, :, :1], log_decay[:, :, :1], state)
+        return _dense(y.expand(-1, -1, x.shape[2], -1)), _dense(new)
+
+    def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, new = scan_chunks(*inputs, chunk=chunk)  # type: ignore[call-arg]
+        return _dense(y), _dense(new)
+
+    return torch.cond(x.shape[2] == 1, one, many, inputs)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """A copy in the order of its dimensions, for what two branches give must have the same strides."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     """One node: ONNX's Softplus needs no threshold to stay finite, so torch's Greater and Where go."""
     assert beta == 1.0
@@ -57,30 +89,40 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
 
 
 class HeadProjection(nn.Module):
-    """Query, key and value as one product, whose heads are put in front of the tokens once for all three.
+    """Linear layers over one input as one product, whose heads are put in front of the tokens once for all."""
+
+    def __init__(self, parts: Sequence[nn.Linear], head_size: int):
+        super().__init__()
+        self.head_size = head_size
+        self.heads = [part.out_features // head_size for part in parts]
+        self.weight = _fixed(torch.cat([part.weight for part in parts]))
+        biased = parts[0].bias is not None
+        self.bias = _fixed(torch.cat([part.bias for part in parts])) if biased else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = F.linear(x, self.weight, self.bias).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+        return heads.split(self.heads, dim=1)
+
+
+class AttentionProjection(HeadProjection):
+    """Query, key and value as one product.
 
     dt is a product of its own, over x: dt is linear in the value and the value in x, so its weight on x is a product of
     two (taken in float64). It is repeated for every query head: a row of the mask is then a row of the bias cache.
     """
 
     def __init__(self, attention: DMAttention):
-        super().__init__()
-        parts, value, dt = (attention.q_proj, attention.k_proj, attention.v_proj), attention.v_proj, attention.dt_proj
-        self.head_size = attention.head_size
-        self.heads = [part.out_features // self.head_size for part in parts]
+        value, dt = attention.v_proj, attention.dt_proj
+        super().__init__((attention.q_proj, attention.k_proj, value), attention.head_size)
         repeat = self.heads[0] // attention.A.shape[0]
-        self.weight = _fixed(torch.cat([part.weight for part in parts]))
         self.dt_weight = _fixed((dt.weight.double() @ value.weight.double()).repeat_interleave(repeat, 0), dt.weight)
-        self.bias = self.dt_bias = None
+        self.dt_bias = None
         if dt.bias is not None:
-            self.bias = _fixed(torch.cat([part.bias for part in parts]))
             bias = dt.bias.double() + dt.weight.double() @ value.bias.double()
             self.dt_bias = _fixed(bias.repeat_interleave(repeat), dt.bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = F.linear(x, self.weight, self.bias).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
-        query, key, value = heads.split(self.heads, dim=1)
-        return query, key, value, F.linear(x, self.dt_weight, self.dt_bias)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return *super().forward(x), F.linear(x, self.dt_weight, self.dt_bias)
 
 
 def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
@@ -88,11 +130,18 @@ def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Paramete
 
 
 def fuse_attention(attention: DMAttention) -> None:
-    """Put q, k and v into one product; see `HeadProjection`."""
-    attention.fused = HeadProjection(attention)
+    """Put q, k and v into one product; see `AttentionProjection`."""
+    attention.fused = AttentionProjection(attention)
     attention.project = attention.fused.__call__
     attention.A = _fixed(attention.A.repeat_interleave(attention.fused.dt_weight.shape[0] // attention.A.shape[0]))
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
+
+
+def fuse_ssd(ssd: SSDMixer) -> None:
+    """Put c, b and x into one product."""
+    ssd.fused = HeadProjection((ssd.c_proj, ssd.b_proj, ssd.x_proj), ssd.head_size)
+    ssd.project_heads = ssd.fused.__call__
+    del ssd.c_proj, ssd.b_proj, ssd.x_proj
 
 
 def unfuse_experts(mlp: ExpertMLP) -> None:
@@ -116,6 +165,8 @@ class StepGraph(nn.Module):
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
                     fuse_attention(module)
+                elif isinstance(module, SSDMixer):
+                    fuse_ssd(module)
                 elif isinstance(module, ExpertMLP):
                     unfuse_experts(module)
 

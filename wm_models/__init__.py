@@ -1,17 +1,23 @@
-"""Doge, the language model of the "Wonderful Matrices" paper (arXiv 2412.11834), written for compilers."""
+"""Doge and Cheems, the language models of the "Wonderful Matrices" paper (arXiv 2412.11834), written for compilers."""
 
 from .checkpoint import CheckpointError
-from .configuration import DogeConfig
+from .cheems import CheemsForCausalLM, CheemsModel
+from .configuration import CheemsConfig, DogeConfig
 from .doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
 from .modules import CDMoE, DMAttn
 from .passes import LayerCache
 from .presets import PRESETS, create, preset
+from .ssd import SSD
 from .tokenizer import shipped_tokenizer
 
 __all__ = [
     "PRESETS",
+    "SSD",
     "CDMoE",
     "CheckpointError",
+    "CheemsConfig",
+    "CheemsForCausalLM",
+    "CheemsModel",
     "DMAttn",
     "DogeConfig",
     "DogeForCausalLM",

@@ -136,6 +136,47 @@ class DogeConfig(transformers.DogeConfig):
         return {**super().to_diff_dict(), "expert_routing": self.expert_routing}
 
 
+@strict
+class CheemsConfig(DogeConfig):
+    """Hyper-parameters of a Cheems model: those of Doge, and which of its layers are attention.
+
+    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, whose chunked form takes at most
+    `ssd_chunk_size` tokens a chunk. A period that leaves no attention or no SSD layer is allowed; the log says so.
+    """
+
+    model_type = "cheems"
+    base_model_tp_plan = None
+    attn_layer_period: int = 8
+    attn_layer_offset: int = 7
+    ssd_chunk_size: int = 64
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("attn_layer_period", "ssd_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.attn_layer_offset < self.attn_layer_period:
+            raise ValueError(
+                f"attn_layer_offset is {self.attn_layer_offset}; expected 0 to attn_layer_period - 1, "
+                f"{self.attn_layer_period - 1}"
+            )
+        if self.sliding_window is not None:
+            raise ValueError(f"sliding_window is {self.sliding_window}; Cheems has none, so expected None")
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Each layer's kind, in transformers' words: its caches read them.
+
+        They count tokens in attention layers only. Where there is none, the first layer is called "hybrid", which
+        gives it room to count them.
+        """
+        types = [
+            "full_attention" if layer % self.attn_layer_period == self.attn_layer_offset else "linear_attention"
+            for layer in range(self.num_hidden_layers)
+        ]
+        return types if "full_attention" in types else ["hybrid", *types[1:]]
+
+
 def _check_multiple(name: str, value: int, of: str, divisor: int) -> None:
     if divisor < 1 or value % divisor:
         raise ValueError(f"{name} is {value}; expected a multiple of {of}, {divisor}")

@@ -4,7 +4,7 @@ B batch, S new tokens, L keys seen, C cache capacity, H query heads, K key/value
 Hm rows of the bias, w keys kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,8 +16,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from .attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
 from .configuration import DogeConfig
 from .layers import RotaryEmbedding, rotate
+from .ssd import SSDCache
 
-LayerCache: TypeAlias = AttentionCache
+LayerCache: TypeAlias = AttentionCache | SSDCache
 
 
 def past_length(cache: Cache | None) -> int | torch.Tensor:
@@ -29,6 +30,18 @@ def is_empty(cache: Cache | None) -> bool:
     """Whether nothing can be in the cache yet. A static cache in use answers with a tensor, hence no."""
     length = past_length(cache)
     return isinstance(length, int) and length == 0
+
+
+def real_tokens(attention_mask: torch.Tensor | None, length: int, past: int | torch.Tensor) -> torch.Tensor | None:
+    """Which of the S = `length` new tokens are no padding: bool (B, 1, S), or None where all are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 2:
+        return attention_mask[:, None, -length:].bool()
+    # in a mask (B, 1, S, L) a token that cannot see itself, in column past + s, is padding
+    columns = past + torch.arange(length, device=attention_mask.device)
+    own = attention_mask.gather(3, columns[:, None].expand(*attention_mask.shape[:3], 1))[..., 0]
+    return own if own.dtype == torch.bool else own == 0
 
 
 def visible_keys(
@@ -50,7 +63,8 @@ class CachedPass:
     """Training, prefill and `generate`: transformers' cache or none, and its masks.
 
     The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty and the
-    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys.
+    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys, and
+    documents packed into one row are kept apart by channels of their index.
     """
 
     def __init__(
@@ -61,6 +75,7 @@ class CachedPass:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache | None,
+        documents: torch.Tensor | None = None,
     ):
         self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
         self.empty, self.ratio = is_empty(cache), config.dynamic_mask_ratio
@@ -68,16 +83,33 @@ class CachedPass:
         self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
         fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
         self.padding: torch.Tensor | None = None
+        self.documents: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
         if attention_mask is not None and attention_mask.ndim == 4:
             self.visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         elif self.empty and fits:
             self.padding = None if attention_mask is None else attention_mask[:, None].bool()
+            self.documents = documents
         else:
             self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
+        self.kinds = getattr(config, "layer_types", ())
+        self.real = real_tokens(attention_mask, length, past_length(cache)) if self.kinds else None
+        first = (position_ids == 0)[:, None]
+        self.first = first if self.real is None else first & self.real
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
+
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        # zeros or None where the cache is empty, whatever it says of a previous state
+        state = None if self.cache is None else self.cache.layers[layer].recurrent_states[0]  # type: ignore[union-attr]
+        y, state = advance(state=state, real=self.real, first=self.first)
+        if self.cache is not None:
+            self.cache.update_recurrent_state(state, layer)
+            if self.kinds[layer] == "hybrid":
+                count = y.new_zeros(y.shape[0], 1, y.shape[2], 1)
+                self.cache.update(count, count, layer)
+        return y
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
@@ -100,7 +132,7 @@ class CachedPass:
                 mask = drop_smallest(biases, mask, self.lengths, self.ratio)
             if mask.shape[1] != 1:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        return attend_packed(query, packed_key, packed_value, mask, causal=mask is None)
+        return attend_packed(query, packed_key, packed_value, mask, mask is None, self.documents)
 
 
 def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
@@ -128,10 +160,13 @@ class StepPass:
         self.lengths = cache_lengths + sequence_lengths
         self.written: list[LayerCache] = []
         self.hidden: torch.Tensor | None = None
-        capacity = caches[0].key.shape[2]
         steps = torch.arange(length, device=cache_lengths.device)
         self.positions = cache_lengths[:, None] + steps  # (B, S)
         self.rotation = rotary(self.positions, self.lengths)
+        self.real = (steps < sequence_lengths[:, None])[:, None]  # (B, 1, S)
+        self.first = (self.positions == 0)[:, None] & self.real
+        # without an attention layer there is no capacity, and nothing of what follows is read
+        capacity = next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), length)
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
         self.start = cache_lengths.clamp(max=capacity - length)
         rows = torch.arange(capacity, device=cache_lengths.device)
@@ -142,6 +177,17 @@ class StepPass:
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
 
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        old = self.caches[layer]
+        assert isinstance(old, SSDCache)
+        y, state = advance(state=old.ssd, real=self.real, first=self.first)
+        self.written.append(SSDCache(self.replace(old.ssd, state)))
+        return y
+
+    def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Put `new` in the place of all that is in `cache`."""
+        return cache.copy_(new)
+
     def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Put `new` (B, heads, S, size) into `cache` (B, heads, C, size) at each slot's start."""
         rows = self.start[:, None] + torch.arange(new.shape[2], device=new.device)
@@ -151,6 +197,7 @@ class StepPass:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         old = self.caches[layer]
+        assert isinstance(old, AttentionCache)
         cache = AttentionCache(
             self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
         )
@@ -164,7 +211,7 @@ class StepPass:
             mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
         elif fits:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(visible, 0.0, lowest).to(biases.dtype)
+                self.hidden = torch.where(visible, biases.new_zeros(()), lowest)
             mask = biases + self.hidden
         else:
             mask = torch.where(visible, biases, lowest)

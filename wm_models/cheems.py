@@ -1,0 +1,55 @@
+"""Cheems (paper, section 4): a hybrid decoder of state space duality, with one layer of attention in a period."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
+
+from .attention import DMAttention
+from .configuration import CheemsConfig
+from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel
+from .ssd import SSDMixer
+
+logger = logging.get_logger(__name__)
+
+
+class CheemsDecoderLayer(DecoderLayer):
+    def __init__(self, config: CheemsConfig, layer: int):
+        super().__init__(config)
+        if config.layer_types[layer] == "full_attention":
+            self.self_attn = DMAttention(config, layer)
+        else:
+            self.ssd = SSDMixer(config, layer)
+
+    @property
+    def mixer(self) -> DMAttention | SSDMixer:
+        return self.self_attn if hasattr(self, "self_attn") else self.ssd
+
+
+class CheemsPreTrainedModel(DecoderPreTrainedModel):
+    config_class = CheemsConfig
+    _no_split_modules = ["CheemsDecoderLayer"]
+
+
+class CheemsModel(CheemsPreTrainedModel, DecoderModel):
+    """Token ids to hidden states. A token at position 0 begins a sequence: SSD states are cleared before it."""
+
+    layer_class = CheemsDecoderLayer
+
+    def __init__(self, config: CheemsConfig):
+        super().__init__(config)
+        attention = config.layer_types.count("full_attention")
+        if attention in (0, config.num_hidden_layers):
+            logger.warning(
+                f"attn_layer_period {config.attn_layer_period} and attn_layer_offset {config.attn_layer_offset} make "
+                f"all {config.num_hidden_layers} layers {'attention' if attention else 'SSD'}"
+            )
+
+
+class CheemsForCausalLM(CheemsPreTrainedModel, DecoderForCausalLM):
+    """Cheems with its language-model head."""
+
+    model_class = CheemsModel
+
+
+AutoConfig.register(CheemsConfig.model_type, CheemsConfig)
+AutoModel.register(CheemsConfig, CheemsModel)
+AutoModelForCausalLM.register(CheemsConfig, CheemsForCausalLM)
