@@ -10,7 +10,7 @@ import pytest
 
 from test_trust import fuzz
 
-RUNS = {"manifests": 400, "graphs": 250, "checkpoints": 100}
+RUNS = {"manifests": 300, "engines": 200, "graphs": 200, "checkpoints": 60}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
@@ -24,7 +24,7 @@ def test_changed_structures(name, tmp_path):
 @pytest.mark.skipif(
     not importlib.util.find_spec("atheris"), reason="atheris is not installed: pip install -e '.[fuzz]'"
 )
-@pytest.mark.parametrize(("name", "runs"), [("manifests", 3000), ("graphs", 1000)])
+@pytest.mark.parametrize(("name", "runs"), [("manifests", 2000), ("graphs", 500)])
 def test_led_by_coverage(name, runs):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     command = [sys.executable, "-m", "test_trust.fuzz", name, "--runs", str(runs), "--coverage"]
