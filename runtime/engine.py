@@ -149,6 +149,48 @@ class Engine:
             )
         return self.prefill(ids[:, None])
 
+    @exclusive
+    def join(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        """Begin a sequence in one slot, after `reserve`; the others are neither read nor written.
+
+        What the slot held is forgotten. Returns logits (V,), float32, of the last id. Raises `RequestError`.
+        """
+        if not 0 <= slot < self._lengths.size:
+            raise RequestError(f"slot is {slot}; there are {self._lengths.size}, made by reserve")
+        self.check_prompt(ids)
+        if len(ids) > self.session.capacity:
+            self.session.grow(self._bucket(len(ids)))
+        self.leave(slot)
+        self.session.clear_slot(slot)
+        found = np.zeros(0, np.float32)
+        for start in range(0, len(ids), self.session.chunk):
+            chunk = np.asarray(ids[start : start + self.session.chunk])
+            found = self.session.step_slot(slot, chunk, self._lengths)
+            self._lengths[slot] += len(chunk)
+        return found
+
+    @exclusive
+    def leave(self, slot: int) -> None:
+        """End the slot's sequence: it is idle until another joins."""
+        self._lengths = self._lengths.copy()
+        self._lengths[slot] = 0
+
+    @property
+    def held(self) -> object:
+        """What the slots hold now, to be given to `check_held` later."""
+        return self._lengths  # every change of a slot's length makes a new array
+
+    def check_held(self, held: object) -> None:
+        """Raise `RequestError` where a call has used the slots since they were `held`."""
+        if held is not self._lengths:
+            raise RequestError("another call used these slots meanwhile; finish one generation before the next begins")
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise `RequestError` unless `ids` may begin a sequence."""
+        if not len(ids):
+            raise RequestError("the prompt is empty; expected at least one token")
+        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
+
     def generate_ids(
         self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
     ) -> list[int]:
@@ -166,9 +208,7 @@ class Engine:
         sampler = Sampler(**sampling)
         if max_new_tokens < 0:
             raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-        if not len(ids):
-            raise RequestError("the prompt is empty; expected at least one token")
-        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
+        self.check_prompt(ids)
         return self._stream(list(ids), max_new_tokens, {*self.end_ids, *stop_ids}, sampler)
 
     def _stream(self, seen: list[int], max_new_tokens: int, ends: set[int], sampler: Sampler) -> Iterator[int]:
@@ -180,11 +220,11 @@ class Engine:
             with self.in_use:  # until the token is chosen: the next step overwrites the logits
                 if held is None:
                     self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
-                elif held is not self._lengths:
-                    raise RequestError("another call used this stream's slot; finish a stream before the next call")
+                else:
+                    self.check_held(held)
                 # where the likeliest token will do, it is chosen where the logits are
                 found = self._append(np.array([new]), likeliest=sampler.greedy)
-                held = self._lengths
+                held = self.held
                 if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
                     raise RequestError(
                         f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"

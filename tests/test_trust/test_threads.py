@@ -10,6 +10,7 @@ import pytest
 
 from export import export_onnx
 from runtime import ArtifactError, RequestError, load
+from runtime.batch import Prompt, generate_many
 
 PROMPTS = [[1, 2, 3], [50, 4, 9, 10], [7], [90, 91, 3, 3, 5]]
 
@@ -83,7 +84,7 @@ def test_two_streams_of_one_engine(artifact, alone):
     first, second = (engine.stream_ids(prompt, 40) for prompt in PROMPTS[:2])
     assert next(first) == alone[0][0]
     assert next(second) == alone[1][0]
-    with pytest.raises(RequestError, match="another call used"):
+    with pytest.raises(RequestError, match="another call used these slots"):
         next(first)
     assert [next(second) for _ in range(3)] == alone[1][1:4]
 
@@ -152,3 +153,13 @@ def test_whoever_looks_finds_an_artifact(artifact, tmp_path):
     assert set(seen) <= {"loaded", "caught between"}
     assert "loaded" in seen
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_batch_whose_slots_were_used_meanwhile(artifact):
+    engine = load(artifact)
+    prompts = [Prompt(line, {}, ids) for line, ids in enumerate(PROMPTS)]
+    answers = generate_many(engine, prompts, 5, 2)
+    next(answers)
+    engine.generate_ids([1, 2], 3)
+    with pytest.raises(RequestError, match="another call used these slots"):
+        list(answers)
