@@ -82,8 +82,8 @@ def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, sl
     prompt, new = sequence.prompt, sequence.new
     if not np.isfinite(logits).all():
         raise RequestError(
-            f"line {prompt.line + 1}: the logits of slot {slot} after token {len(prompt.ids) + len(new)} are not finite; "
-            "the weights or dtype overflow"
+            f"line {prompt.line + 1}: the logits of slot {slot} after token {len(prompt.ids) + len(new)} "
+            "are not finite; the weights or dtype overflow"
         )
     token = int(sequence.sampler(logits[None], [prompt.ids + new])[0])
     if token not in engine.end_ids:
