@@ -193,4 +193,5 @@ def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tens
     ranked = torch.where(present, bias, torch.inf).sort(dim=-1).values
     last = ranked.gather(-1, (count - 1).clamp(min=0))
     stays = present & ((bias >= last) | (count == 0))
-    return torch.where(stays, 0.0, low).to(bias.dtype) + torch.where(visible, 0.0, low).to(bias.dtype)
+    zero = bias.new_zeros(())
+    return torch.where(stays, zero, low) + torch.where(visible, zero, low)

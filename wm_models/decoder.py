@@ -23,9 +23,9 @@ from .attention import DMAttention, Pass, document_index
 from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
 from .experts import ExpertMLP, ProductKeyExperts, feed_forward
-from .layers import RotaryEmbedding
 from .losses import count_predictions, load_balancing_loss, next_token_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
+from .rotary import RotaryEmbedding
 from .ssd import SSDMixer
 
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
 from .configuration import DogeConfig
-from .layers import RotaryEmbedding, rotate
+from .rotary import RotaryEmbedding, rotate
 from .ssd import SSDCache
 
 LayerCache: TypeAlias = AttentionCache | SSDCache
