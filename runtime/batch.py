@@ -137,11 +137,11 @@ def finished_lines(path: Path, prompts: Sequence[Prompt]) -> set[int]:
             answer = json.loads(text)
             prompt = prompts[answer["line"]]
             same = all(answer[key] == value for key, value in prompt.given.items())
+            done.add(prompt.line)
         except (ValueError, LookupError, TypeError):
             same = False
         if not same:
             raise RequestError(f"{path}: line {number + 1} answers no line of the prompts; choose another --out")
-        done.add(prompt.line)
     if len(whole) < len(data):
         with path.open("r+b") as stream:
             stream.truncate(len(whole))
