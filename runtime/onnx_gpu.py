@@ -69,7 +69,11 @@ def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, s
                 f"{key}:{'x'.join(map(str, shape))}" for key, shape in shapes.items()
             )
         # One capacity, since TensorRT's cache update wants it fixed; engines are kept for the next time.
-        kept = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", "trt_engine_cache_path": "trt-cache"}
+        kept = {
+            "trt_engine_cache_enable": "1",
+            "trt_timing_cache_enable": "1",
+            "trt_engine_cache_path": str(Path.home() / ".cache" / "wm-models" / "tensorrt"),
+        }
         options.insert(0, (NAMES["tensorrt"], {**bounds, **kept}))
     return options
 

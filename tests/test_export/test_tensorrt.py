@@ -16,6 +16,7 @@ from conftest import SMALL, randomise
 
 from export import ExportError, build_tensorrt
 from export import tensorrt as lane
+from export.inspection import inspect_artifact
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
 from test_export.conftest import lowered, save_checkpoint
 from wm_models import DogeConfig, DogeForCausalLM, create
@@ -155,6 +156,8 @@ def test_targets_and_bounds(made, tmp_path):
     assert (engine["capacity"], engine["max_batch"]) == (40, 2)
     assert [profile["batch"][2] for profile in engine["profiles"]] == [2, 2]
     assert engine["profiles"][1]["sequence"] == [2, 16, 16]
+    titles = [title for title, _, _ in inspect_artifact(tmp_path / "out").tables]
+    assert "model.tensorrt-rtx.engine: tensorrt-rtx 1." in "\n".join(titles)
 
 
 @pytest.mark.parametrize(
