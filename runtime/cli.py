@@ -83,6 +83,7 @@ def bench(
     prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
+    batch: Annotated[int, typer.Option(help="Decode in this many slots too.")] = 1,
     backend: Backend = "auto",
     provider: Provider = "cpu",
     threads: Threads = None,
@@ -91,7 +92,7 @@ def bench(
     """Measure prefill, decode and memory, beside the floor of the model's linear layers and beside rivals."""
     from .bench import measure, render
 
-    result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads, backend, provider)
+    result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads, batch, backend, provider)
     render(result, as_json)
 
 
