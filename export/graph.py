@@ -67,7 +67,8 @@ def _recur_or_scan(
     def one(
         c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        y, new = recur(c[:, :, :1], b[:, :, :1], x[:, :, :1], log_decay[:, :, :1], state)
+        first = (part.narrow(2, 0, 1) for part in (c, b, x, log_decay))
+        y, new = recur(*first, state)  # type: ignore[call-arg]
         return _dense(y.expand(-1, -1, x.shape[2], -1)), _dense(new)
 
     def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -141,8 +141,8 @@ class DogeConfig(transformers.DogeConfig):
 class CheemsConfig(DogeConfig):
     """Hyper-parameters of a Cheems model: those of Doge, and which of its layers are attention.
 
-    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, whose chunked form takes at most
-    `ssd_chunk_size` tokens a chunk. A period that leaves no attention or no SSD layer is allowed; the log says so.
+    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, in chunks of `ssd_chunk_size`
+    tokens. A period that leaves no attention or no SSD layer is allowed; the log says so.
     Attention has a row of biases for each query head, no norms of queries and keys, and no keep window, unless told.
     """
 
