@@ -78,11 +78,12 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
 def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
     """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
 
-    Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it: then the reference
-    writes its keys as the engine does, `first` and all before it at once, the others one by one.
+    Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it, and where a share of all
+    keys is dropped, their number counts: then the reference writes its keys as the engine does, `first` and all before
+    it at once, the others one by one.
     """
     with torch.inference_mode():
-        if model.config.rope["rope_type"] in ("dynamic", "longrope"):
+        if model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio:
             cache, rows = DynamicCache(config=model.config), []
             for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[0]))]:
                 logits = model(ids[None, start:end], past_key_values=cache, logits_to_keep=1).logits
@@ -131,6 +132,17 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], kl_
     )  # fmt: skip
 
 
+def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int) -> np.ndarray:
+    """Random tokens (length,), no two equal where the vocabulary has as many.
+
+    Equal tokens have equal biases in the first layer. Which of them a selection keeps would turn on the last bit, and
+    that is not the same in products of one row and of many.
+    """
+    if length <= vocabulary:
+        return draw.permutation(vocabulary)[:length]
+    return draw.integers(0, vocabulary, length)
+
+
 class Reference:
     """The eager model's answers to a plan, taken before the model is lowered and used up.
 
@@ -145,7 +157,7 @@ class Reference:
         for case in cases:
             lengths = [length + case.steps for length in case.prompts]
             if text is None:
-                rows = [draw.integers(0, model.config.vocab_size, length) for length in lengths]
+                rows = [_draw_tokens(draw, model.config.vocab_size, length) for length in lengths]
             else:
                 rows = [np.resize(np.roll(text, -draw.integers(text.size)), length) for length in lengths]
             self.sequences.append(rows)

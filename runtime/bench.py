@@ -22,6 +22,7 @@ from .engine import Engine, load
 from .errors import RequestError
 
 RIVALS = ("transformers",)
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 Result = dict[str, Any]
 
 
@@ -106,7 +107,9 @@ def render(result: Result, as_json: bool) -> None:
 
 
 def linear_floor(artifact: Artifact, threads: int | None, steps: int = 48) -> Callable[[], float]:
-    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step, float32.
+    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step.
+
+    Their weights are random, in float32 or as the artifact's are quantised.
 
     No graph of this model can beat that with these kernels; attention, norms and caches come on top.
     """
@@ -115,12 +118,23 @@ def linear_floor(artifact: Artifact, threads: int | None, steps: int = 48) -> Ca
     config = artifact.read_json("config.json")
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
+    bits = {"none": None, "int8": 8, "int4": 4}[artifact.graph.quantization]
     draw, nodes, weights = np.random.default_rng(0), [], []
 
     def linear(x: str, rows: int, columns: int) -> str:
         name = f"w{len(weights)}"
-        weights.append(numpy_helper.from_array(draw.standard_normal((rows, columns), np.float32) * 0.03, name))
-        nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
+        if bits is None:
+            weights.append(numpy_helper.from_array(draw.standard_normal((rows, columns), np.float32) * 0.03, name))
+            nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
+            return f"{name}.out"
+        block = next(size for size in (128, 64, 32, 16) if rows % size == 0)
+        codes = draw.integers(0, 256, (columns, rows // block, block * bits // 8), np.uint8)
+        weights.append(numpy_helper.from_array(codes, name))
+        weights.append(numpy_helper.from_array(np.full((columns, rows // block), 1e-3, np.float32), f"{name}.scales"))
+        sizes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
+        nodes.append(
+            helper.make_node("MatMulNBits", [x, name, f"{name}.scales"], [f"{name}.out"], domain=CONTRIB, **sizes)
+        )
         return f"{name}.out"
 
     def join(kind: str, inputs: list[str], **attributes: Any) -> str:
@@ -141,7 +155,9 @@ def linear_floor(artifact: Artifact, threads: int | None, steps: int = 48) -> Ca
         [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 1, vocabulary])],
         weights,
     )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)], ir_version=10
+    )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0

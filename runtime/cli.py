@@ -1,12 +1,14 @@
 """The command `wm-run`: generate, bench."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import track
 
 from .console import run
-from .engine import load
+from .engine import Engine, load
 from .errors import RequestError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
@@ -20,6 +22,13 @@ def generate(
     directory: Directory,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids to continue, as 1,2,3; prints ids.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='A JSONL file of prompts, {"prompt": …} or {"ids": …} a line; needs --out.')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSONL file for --prompts; what it has is not done again.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Prompts under way at once. Default: all the artifact has.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
@@ -31,9 +40,13 @@ def generate(
     public_key: PublicKey = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")] = False,
 ) -> None:
-    """Continue a prompt; text streams as it comes."""
-    if (prompt is None) == (ids is None):
-        raise RequestError("expected either --prompt or --ids")
+    """Continue a prompt, whose text streams as it comes, or a file of them."""
+    if sum(given is not None for given in (prompt, ids, prompts)) != 1:
+        raise RequestError("expected one of --prompt, --ids and --prompts")
+    if (prompts is None) != (out is None) or (prompts is None and slots is not None):
+        raise RequestError("expected --prompts and --out together, and --slots with them alone")
+    if prompts is not None and stop:
+        raise RequestError("--stop is for --prompt; with --prompts, cut the texts afterwards")
     engine = load(directory, threads=threads, allow_unverified=allow_unverified, public_key=public_key)
     sampling = {
         "temperature": temperature,
@@ -42,7 +55,9 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    if prompt is not None:
+    if prompts is not None and out is not None:
+        _generate_file(engine, prompts, out, max_new_tokens, slots, sampling)
+    elif prompt is not None:
         for text in engine.stream(prompt, max_new_tokens, stop=stop, **sampling):
             print(text, end="", flush=True)
         print()
@@ -68,6 +83,19 @@ def bench(
 
     result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads)
     render(result, as_json)
+
+
+def _generate_file(
+    engine: Engine, path: Path, out: Path, max_new_tokens: int, slots: int | None, sampling: dict[str, Any]
+) -> None:
+    from .batch import generate_file, read_prompts
+
+    prompts, most = read_prompts(engine, path), engine.graph.max_batch
+    if slots is not None and not 1 <= slots <= most:
+        raise RequestError(f"--slots is {slots}; this artifact serves 1 to {most}")
+    lines = generate_file(engine, prompts, out, max_new_tokens, slots or most, **sampling)
+    for _ in track(lines, path.name, len(prompts), console=Console(stderr=True)):
+        pass
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -142,6 +142,35 @@ class Engine:
             )
         return self.prefill(ids[:, None])
 
+    def join(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        """Begin a sequence in one slot, after `reserve`; the others are neither read nor written.
+
+        What the slot held is forgotten. Returns logits (V,), float32, of the last id. Raises `RequestError`.
+        """
+        if not 0 <= slot < self._lengths.size:
+            raise RequestError(f"slot is {slot}; there are {self._lengths.size}, made by reserve")
+        self.check_prompt(ids)
+        if len(ids) > self.session.capacity:
+            self.session.grow(self._bucket(len(ids)))
+        self.leave(slot)
+        self.session.clear_slot(slot)
+        found = np.zeros(0, np.float32)
+        for start in range(0, len(ids), self.session.chunk):
+            chunk = np.asarray(ids[start : start + self.session.chunk])
+            found = self.session.step_slot(slot, chunk, self._lengths)
+            self._lengths[slot] += len(chunk)
+        return found
+
+    def leave(self, slot: int) -> None:
+        """End the slot's sequence: it is idle until another joins."""
+        self._lengths[slot] = 0
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise `RequestError` unless `ids` may begin a sequence."""
+        if not len(ids):
+            raise RequestError("the prompt is empty; expected at least one token")
+        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
+
     def generate_ids(
         self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
     ) -> list[int]:
@@ -159,9 +188,7 @@ class Engine:
         sampler = Sampler(**sampling)
         if max_new_tokens < 0:
             raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-        if not len(ids):
-            raise RequestError("the prompt is empty; expected at least one token")
-        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
+        self.check_prompt(ids)
         return self._stream(list(ids), max_new_tokens, {*self.end_ids, *stop_ids}, sampler)
 
     def _stream(self, seen: list[int], max_new_tokens: int, ends: set[int], sampler: Sampler) -> Iterator[int]:

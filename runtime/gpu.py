@@ -72,6 +72,12 @@ class GpuSession:
         for state in self.graph.states:
             self.device.zero(self.addresses[state.input], state_bytes(state, self.batch, self.capacity))
 
+    def clear_slot(self, slot: int) -> None:
+        """Zero one slot's caches."""
+        for state in self.graph.states:
+            size = state_bytes(state, 1, self.capacity)
+            self.device.zero(self.addresses[state.input] + slot * size, size)
+
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
     ) -> np.ndarray:
@@ -101,6 +107,12 @@ class GpuSession:
         self.device.synchronize()
         found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
         return likeliest_ids(found) if likeliest else found
+
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`."""
+        ids, lengths = np.zeros((self.batch, input_ids.size), np.int64), np.zeros(self.batch, np.int64)
+        ids[slot], lengths[slot] = input_ids, input_ids.size
+        return self.step(ids, cache_lengths, lengths)[slot]
 
     has_next_ids = False
 

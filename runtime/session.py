@@ -36,7 +36,7 @@ class OnnxSession:
         self.chunk = self.graph.max_length
         self.batch = self.capacity = 0
         self.caches: list[np.ndarray] = []
-        self._bindings: dict[int, tuple[Any, list[np.ndarray], np.ndarray]] = {}
+        self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens."""
@@ -58,6 +58,11 @@ class OnnxSession:
         for cache in self.caches:
             cache.fill(0)
 
+    def clear_slot(self, slot: int) -> None:
+        """Zero one slot's caches."""
+        for cache in self.caches:
+            cache[slot] = 0
+
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
     ) -> np.ndarray:
@@ -66,31 +71,40 @@ class OnnxSession:
         Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
         With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
         """
-        length = input_ids.shape[1]
-        if length not in self._bindings:
-            # decode's binding is kept beside that of the latest chunk
-            for other in [size for size in self._bindings if size != 1]:
-                del self._bindings[other]
-            self._bindings[length] = self._bind(length)
-        binding, inputs, logits = self._bindings[length]
-        for buffer, value in zip(inputs, (input_ids, cache_lengths, sequence_lengths), strict=True):
-            buffer[...] = value
-        self.session.run_with_iobinding(binding)
-        found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
+        found = self._run(None, input_ids, cache_lengths, sequence_lengths)
         return likeliest_ids(found) if likeliest else found
 
-    def _bind(self, length: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
-        """Buffers for steps of S = `length` tokens, bound once: inputs (B, S), (B), (B), and the logits."""
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
+        length = np.array([input_ids.size])
+        return self._run(slot, input_ids[None], cache_lengths[slot : slot + 1], length)[0]
+
+    def _run(self, slot: int | None, *values: np.ndarray) -> np.ndarray:
+        length = values[0].shape[1]
+        if (length, slot) not in self._bindings:
+            # decode's binding is kept beside that of the latest chunk
+            for other in [key for key in self._bindings if key != (1, None)]:
+                del self._bindings[other]
+            self._bindings[length, slot] = self._bind(length, slot)
+        binding, inputs, logits = self._bindings[length, slot]
+        for buffer, value in zip(inputs, values, strict=True):
+            buffer[...] = value
+        self.session.run_with_iobinding(binding)
+        return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
+
+    def _bind(self, length: int, slot: int | None) -> tuple[Any, list[np.ndarray], np.ndarray]:
+        """Buffers for steps of S = `length` tokens of all slots or of one, bound once: the inputs, and the logits."""
         binding = self.session.io_binding()
-        inputs = [np.zeros(shape, np.int64) for shape in ((self.batch, length), (self.batch,), (self.batch,))]
+        batch, part = (self.batch, slice(None)) if slot is None else (1, slice(slot, slot + 1))
+        inputs = [np.zeros(shape, np.int64) for shape in ((batch, length), (batch,), (batch,))]
         for name, buffer in zip(INPUTS, inputs, strict=True):
             _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
         rows = length if self.graph.logits == "all" else 1
-        logits = _zeros((self.batch, rows, self.graph.vocabulary), self.graph.dtype)
+        logits = _zeros((batch, rows, self.graph.vocabulary), self.graph.dtype)
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
         for state, cache in zip(self.graph.states, self.caches, strict=True):
-            _bind(binding.bind_input, state.input, cache, ELEMENTS[state.dtype])
-            _bind(binding.bind_output, state.output, cache, ELEMENTS[state.dtype])
+            _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])
+            _bind(binding.bind_output, state.output, cache[part], ELEMENTS[state.dtype])
         return binding, inputs, logits
 
     def _hold(self, caches: list[np.ndarray], batch: int, capacity: int) -> None:

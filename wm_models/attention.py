@@ -4,6 +4,7 @@ B batch, S new tokens, L keys seen, C cache capacity, D hidden size, H query hea
 Hm rows of the bias (K or H), w keys kept.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -100,21 +101,58 @@ def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tup
     return torch.cat([key, channels], dim=-1), F.pad(value, (0, groups))
 
 
+def document_index(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which document of its row each token is in: a new one starts where a position does not follow the one before.
+
+    position_ids (B, S) int64, as transformers reads them -> (B, S) int64, rising from 0.
+    """
+    starts = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    return starts.cumsum(-1)
+
+
+def document_channels(documents: torch.Tensor, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels for queries and for keys that keep the documents of a row apart under causal attention, without a mask.
+
+    Their product, scaled, adds nothing within a document and -128 or less to a key of an earlier one, whose softmax
+    weight is then exactly zero. It is a difference of two indices: put first in the vectors it is summed, and is back
+    at zero, before the real channels begin, so it costs them no precision. Each index is two digits, so every number
+    is exact in float32, bfloat16 and float16.
+
+    documents (B, S) int64 -> query's and key's (B, 1, S, 4), for heads of `size` channels.
+    """
+    unit = 2.0 ** math.ceil(math.log2(128 * size**0.5) / 2)
+    digits = torch.stack([documents // 256, documents % 256], dim=-1).to(dtype)[:, None] * unit
+    places = (torch.tensor([256.0, 1.0], dtype=dtype, device=documents.device) * unit).expand_as(digits)
+    return torch.cat([places, -digits], dim=-1), torch.cat([digits, places], dim=-1)
+
+
 def attend_packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
 
-    `mask`, bool or additive, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i. No S×L
-    tensor is made here, and the bias's gradient flows through the keys.
+    `mask`, bool or additive, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i, and of
+    these only its own document's where `documents` (B, S) says which is whose. No S×L tensor is made here, and the
+    bias's gradient flows through the keys.
     """
     heads, size = query.shape[1], query.shape[-1]
     groups = key.shape[-1] - size
     # head h reads bias channel h % G of its key head
     channel = torch.eye(groups, dtype=query.dtype, device=query.device) * size**0.5
     channel = channel.repeat(heads // groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
+    query = torch.cat([query, channel], dim=-1)
+    if documents is not None:
+        query_side, key_side = document_channels(documents, size, query.dtype)
+        query = torch.cat([query_side.expand(*query.shape[:2], -1, -1), query], dim=-1)
+        key = torch.cat([key_side.expand(*key.shape[:2], -1, -1), key], dim=-1)
+        value = F.pad(value, (0, key_side.shape[-1]))
     return F.scaled_dot_product_attention(
-        torch.cat([query, channel], dim=-1),
+        query,
         key,
         value,
         attn_mask=mask,
@@ -155,4 +193,5 @@ def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tens
     ranked = torch.where(present, bias, torch.inf).sort(dim=-1).values
     last = ranked.gather(-1, (count - 1).clamp(min=0))
     stays = present & ((bias >= last) | (count == 0))
-    return torch.where(stays, 0.0, low).to(bias.dtype) + torch.where(visible, 0.0, low).to(bias.dtype)
+    zero = bias.new_zeros(())
+    return torch.where(stays, zero, low) + torch.where(visible, zero, low)

@@ -19,13 +19,13 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .attention import DMAttention, Pass
+from .attention import DMAttention, Pass, document_index
 from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
 from .experts import ExpertMLP, ProductKeyExperts, feed_forward
-from .layers import RotaryEmbedding
-from .losses import load_balancing_loss
+from .losses import count_predictions, load_balancing_loss, next_token_loss
 from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
+from .rotary import RotaryEmbedding
 from .ssd import SSDMixer
 
 
@@ -150,17 +150,21 @@ class DecoderModel(DecoderPreTrainedModel):
         **_: Any,
     ) -> MoeModelOutputWithPast:
         """As in transformers: input_ids (B, S) int64 or inputs_embeds (B, S, D); attention_mask (B, L) of ones and
-        zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use."""
+        zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use. Without mask and cache, a
+        position that does not follow the one before it begins another document, which sees nothing of the earlier."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        documents = None
         if position_ids is None:
             steps = torch.arange(x.shape[1], device=x.device)
             position_ids = (steps + past_length(past_key_values))[None]
+        elif attention_mask is None and past_key_values is None:
+            documents = document_index(position_ids)
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
-        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values)
+        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values, documents)
         last, inputs, routers = self.run(x, run)
         return MoeModelOutputWithPast(
             last_hidden_state=last,
@@ -207,11 +211,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_router_logits: bool | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Inputs as `DecoderModel.forward`; labels (B, S) int64, -100 where there is none; `logits_to_keep` the number
-        of last positions (0: all), or their indices. Returns logits (B, S, V) and, with labels, the loss, to which
-        `output_router_logits` adds `router_aux_loss_coef` times the routers' load-balancing loss."""
+        of last positions (0: all), or their indices. Returns logits (B, S, V) unless `skip_logits`, by default in
+        training with labels, and, with labels, the loss: the mean over their predictions, to which
+        `output_router_logits` adds `router_aux_loss_coef` times the routers' load-balancing loss. Where these tokens
+        are a part of a larger batch, `num_items_in_batch` is its number of predictions, and the loss is their share of
+        the batch's."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -224,17 +233,24 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        aux_loss = None
+        hidden, logits, loss, aux_loss = outputs.last_hidden_state, None, None, None
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         if outputs.router_logits is not None:
             aux_loss = load_balancing_loss(outputs.router_logits, self.config.experts_per_head, attention_mask)
-            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
+        if labels is not None:
+            loss = next_token_loss(hidden, self.lm_head.weight, labels)
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+            if num_items_in_batch is not None:
+                loss = loss * count_predictions(labels) / num_items_in_batch
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
-            logits=logits,
+            logits=logits,  # type: ignore[arg-type]
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,

@@ -1,13 +1,72 @@
-"""The router's load-balancing loss.
+"""The losses: cross entropy of the language-model head, and the router's load balance.
 
-B batch, S tokens, E experts, n = sqrt(E), h router heads, k experts a head, N = layers · B · S · h.
+B batch, S tokens, D hidden size, V vocabulary, E experts, n = sqrt(E), h router heads, k experts a head,
+N tokens (of the load balance: layers · B · S · h), c tokens of a chunk.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .experts import best_pairs, staircase
+
+IGNORED = -100
+CHUNK_LOGITS = 2**23
+MOST_CHUNKS = 16
+
+
+def count_predictions(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens `labels` (B, S) have predicted: a scalar."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def next_token_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token under `hidden @ head.T`, in float32: a scalar.
+
+    hidden (B, S, D); head (V, D); labels (B, S) int64, of which position s predicts s + 1, `IGNORED` where there is
+    none. Zero where nothing is predicted.
+
+    The logits exist for one chunk of tokens at a time, and the gradients are made from them there and then: nothing is
+    computed twice, and memory does not grow with B · S · V.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    train = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    total = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), head, targets, train)
+    return total / count_predictions(labels).clamp(min=1)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropies; hidden (N, D), head (V, D), targets (N)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, train: bool) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows, matrix = hidden.to(dtype), head.to(dtype)
+        vocabulary = torch.arange(head.shape[0], device=hidden.device)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden, grad_head = [], torch.zeros_like(head, dtype=torch.float32)
+        size = max(CHUNK_LOGITS // head.shape[0], -(-hidden.shape[0] // MOST_CHUNKS))
+        for start in range(0, hidden.shape[0], size):
+            row, target = rows[start : start + size], targets[start : start + size, None]  # (c, D), (c, 1)
+            logits = (row @ matrix.T).float()  # (c, V)
+            normaliser, real = logits.logsumexp(-1, keepdim=True), target != IGNORED
+            right = logits.gather(-1, target.clamp(min=0))
+            total = total + torch.where(real, normaliser - right, 0).sum()
+            if train:
+                gradient = torch.where(real, (logits - normaliser).exp() - (vocabulary == target).float(), 0).to(dtype)
+                grad_hidden.append(gradient @ matrix)
+                grad_head += gradient.T @ row
+        if train:
+            ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grads[0] * grad_hidden, grads[0] * grad_head, None, None
 
 
 def load_balancing_loss(

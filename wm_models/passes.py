@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
 from .configuration import DogeConfig
-from .layers import RotaryEmbedding, rotate
+from .rotary import RotaryEmbedding, rotate
 from .ssd import SSDCache
 
 LayerCache: TypeAlias = AttentionCache | SSDCache
@@ -63,7 +63,8 @@ class CachedPass:
     """Training, prefill and `generate`: transformers' cache or none, and its masks.
 
     The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty and the
-    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys.
+    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys, and
+    documents packed into one row are kept apart by channels of their index.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class CachedPass:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache | None,
+        documents: torch.Tensor | None = None,
     ):
         self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
         self.empty, self.ratio = is_empty(cache), config.dynamic_mask_ratio
@@ -81,11 +83,13 @@ class CachedPass:
         self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
         fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
         self.padding: torch.Tensor | None = None
+        self.documents: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
         if attention_mask is not None and attention_mask.ndim == 4:
             self.visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         elif self.empty and fits:
             self.padding = None if attention_mask is None else attention_mask[:, None].bool()
+            self.documents = documents
         else:
             self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
         self.kinds = getattr(config, "layer_types", ())
@@ -128,7 +132,7 @@ class CachedPass:
                 mask = drop_smallest(biases, mask, self.lengths, self.ratio)
             if mask.shape[1] != 1:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        return attend_packed(query, packed_key, packed_value, mask, causal=mask is None)
+        return attend_packed(query, packed_key, packed_value, mask, mask is None, self.documents)
 
 
 def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:

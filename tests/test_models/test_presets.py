@@ -1,15 +1,11 @@
 """Presets and the shipped tokenizer."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wm_models import PRESETS, CheemsForCausalLM, DogeForCausalLM, create, preset, shipped_tokenizer
-from wm_models.train_tokenizer import train_tokenizer
 
 EMBEDDING = 32768
 # hidden, intermediate, layers, key/value width, key/value heads, experts: from the table of the models' description
@@ -72,15 +68,3 @@ TOKENIZER = shipped_tokenizer()
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_tokenizer_round_trip(text):
     assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False, split_special_tokens=True).input_ids) == text
-
-
-def test_training(tmp_path):
-    (tmp_path / "a.py").write_text("def first(value): return value\n" * 50)
-    assert len(train_tokenizer([tmp_path / "a.py"], 270)) == 270
-    with pytest.raises(ValueError, match="train on more"):
-        train_tokenizer([tmp_path / "a.py"], 5000)
-    command = [sys.executable, "-m", "wm_models.train_tokenizer", "--out", str(tmp_path / "t")]
-    result = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "none" in result.stderr

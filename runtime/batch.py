@@ -1,0 +1,163 @@
+"""Continuous batching: many prompts through a fixed number of slots, and a file of them in and out.
+
+B slots, S new tokens, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine
+from .errors import RequestError
+from .sampling import Sampler
+from .text import encode
+
+
+@dataclass
+class Prompt:
+    """One line of a prompt file: its number from 0, what it said, and the ids to continue."""
+
+    line: int
+    given: dict[str, Any]
+    ids: list[int]
+
+
+@dataclass
+class _Sequence:
+    prompt: Prompt
+    sampler: Sampler
+    new: list[int] = field(default_factory=list)
+
+
+def generate_many(
+    engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, slots: int, *, seed: int | None = None,
+    **sampling: Any,
+) -> Iterator[tuple[Prompt, list[int]]]:  # fmt: skip
+    """Each prompt with the ids that follow it, in the order they are finished.
+
+    Up to `slots` prompts are under way at once; a slot that is done takes the next prompt between two steps. What a
+    prompt gets depends on itself, on `slots` and on the longest of all, not on its company: the others' rows are
+    neither read nor written for it. With `seed`, a prompt's draws are those of `seed` plus its line.
+    Raises `RequestError` for a prompt that does not fit, before anything runs.
+    """
+    limit = engine.graph.max_length
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    for prompt in prompts:
+        engine.check_prompt(prompt.ids)
+    engine.reserve(slots, min(limit, max(len(prompt.ids) for prompt in prompts) + max_new_tokens - 1))
+    waiting, running = list(reversed(prompts)), {}
+    while waiting or running:
+        done = []
+        for slot in range(slots):
+            if slot not in running and waiting:
+                prompt = waiting.pop()
+                draws = None if seed is None else seed + prompt.line
+                running[slot] = _Sequence(prompt, Sampler(**sampling, seed=draws))
+                _take(engine, running[slot], engine.join(slot, prompt.ids), max_new_tokens, slot, done)
+        if len(done) < len(running):
+            ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
+            for slot, sequence in running.items():
+                if slot not in done:
+                    ids[slot], active[slot] = sequence.new[-1], 1
+            logits = engine.prefill(ids, active)
+            for slot in np.flatnonzero(active):
+                _take(engine, running[int(slot)], logits[slot], max_new_tokens, int(slot), done)
+        for slot in done:
+            engine.leave(slot)
+            sequence = running.pop(slot)
+            yield sequence.prompt, sequence.new
+
+
+def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, slot: int, done: list[int]) -> None:
+    """Choose the sequence's next id; note its slot in `done` where it is the last."""
+    prompt, new = sequence.prompt, sequence.new
+    if not np.isfinite(logits).all():
+        raise RequestError(f"line {prompt.line + 1}: the logits are not finite; the weights or dtype overflow")
+    token = int(sequence.sampler(logits[None], [prompt.ids + new])[0])
+    if token not in engine.end_ids:
+        new.append(token)
+        if len(new) < most and len(prompt.ids) + len(new) <= engine.graph.max_length:
+            return
+    done.append(slot)
+
+
+def read_prompts(engine: Engine, path: Path) -> list[Prompt]:
+    """The prompts of a JSONL file, each line an object with `prompt`, a text, or `ids`. Raises `RequestError`."""
+    prompts = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        where = f"{path}: line {number + 1}"
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"{where} is no JSON: {error}") from error
+        if not isinstance(given, dict) or ("prompt" in given) == ("ids" in given):
+            raise RequestError(f"{where}: expected an object with either a prompt or ids")
+        if "ids" in given:
+            ids = given["ids"]
+            if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+                raise RequestError(f"{where}: ids are {str(ids)[:60]}; expected a list of integers")
+        elif not isinstance(given["prompt"], str):
+            raise RequestError(f"{where}: prompt is {type(given['prompt']).__name__}; expected a text")
+        else:
+            ids = encode(engine.tokenizer, given["prompt"], engine.artifact)
+        try:
+            engine.check_prompt(ids)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from error
+        prompts.append(Prompt(number, given, ids))
+    if not prompts:
+        raise RequestError(f"{path}: is empty; expected a prompt on each line")
+    return prompts
+
+
+def finished_lines(path: Path, prompts: Sequence[Prompt]) -> set[int]:
+    """The lines of `prompts` that the output file has already; a last line that was cut short is taken off it.
+
+    Raises `RequestError` where the file answers other prompts.
+    """
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    done = set()
+    for number, text in enumerate(whole.splitlines()):
+        try:
+            answer = json.loads(text)
+            prompt = prompts[answer["line"]]
+            same = all(answer[key] == value for key, value in prompt.given.items())
+        except (ValueError, LookupError, TypeError):
+            same = False
+        if not same:
+            raise RequestError(f"{path}: line {number + 1} answers no line of the prompts; choose another --out")
+        done.add(prompt.line)
+    if len(whole) < len(data):
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return done
+
+
+def generate_file(
+    engine: Engine, prompts: Sequence[Prompt], out: Path, max_new_tokens: int, slots: int, **sampling: Any
+) -> Iterator[int]:
+    """Continue what `out` lacks of `prompts`, appending a line of JSON for each that is finished; yields its number.
+
+    A line is the prompt's object with `line`, `new_ids` and, where there is a tokenizer, `text`.
+    """
+    done = finished_lines(out, prompts)
+    left = [prompt for prompt in prompts if prompt.line not in done]
+    yield from sorted(done)
+    if not left:
+        return
+    with out.open("a", encoding="utf-8") as stream:
+        for prompt, new in generate_many(engine, left, max_new_tokens, slots, **sampling):
+            answer = {**prompt.given, "line": prompt.line, "new_ids": new}
+            if engine.tokenizer is not None:
+                answer["text"] = engine.tokenizer.decode(new)
+            stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            stream.flush()
+            yield prompt.line

@@ -1,0 +1,163 @@
+"""Text out of files: paths to documents, and which of them are held out."""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import TrainingError
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+HELD_OUT_SHARE = 50  # one document in so many, where nothing says which
+
+
+class Document(NamedTuple):
+    name: str  # its path below the folder it was found in, with ":" and its row where a file holds many
+    text: str
+
+
+def standard_library() -> Path:
+    """The folder of the Python standard library's own sources."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def read_documents(sources: Sequence[str], exclude: Sequence[str] = (), skip_bad: bool = False) -> list[Document]:
+    """Every document of files, folders and globs of .txt, .md, .py, .jsonl and .parquet, and of directories that
+    `datasets` saved, in order of their names; by default the standard library's, without installed packages.
+
+    .jsonl and .parquet hold one document a row, in the field `text`. `exclude` are patterns of names, as in `fnmatch`.
+    Empty documents are left out, and with `skip_bad` so are files that are not UTF-8. Raises `TrainingError`.
+    """
+    found: list[Document] = []
+    for source in sources or [str(standard_library())]:
+        for root, file in _files(source):
+            name = file.relative_to(root).as_posix()
+            if "site-packages" not in file.parts and not _matches(name, exclude):
+                found += (document for document in _read(file, name, skip_bad) if document.text.strip())
+    if not found:
+        raise TrainingError(f"no text found in {', '.join(sources)}; expected {', '.join(SUFFIXES)} that are not empty")
+    return found
+
+
+def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and the ones to keep for measuring: those whose names match `patterns`.
+
+    Without patterns it is one document in 50, by a hash of its name, so the choice stays when documents are added.
+    Where that leaves either side empty, the last twentieth of the longest document is held out.
+    """
+    if patterns:
+        chosen = [_matches(document.name, patterns) for document in documents]
+        if all(chosen) or not any(chosen):
+            raise TrainingError(
+                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and others to train on"
+            )
+    else:
+        chosen = [_hash(document.name) % HELD_OUT_SHARE == 0 for document in documents]
+    kept = [document for document, out in zip(documents, chosen, strict=True) if not out]
+    held = [document for document, out in zip(documents, chosen, strict=True) if out]
+    if not kept or not held:
+        longest = max(documents, key=lambda document: len(document.text))
+        cut = len(longest.text) * 19 // 20
+        kept = [document for document in documents if document is not longest]
+        kept.append(Document(longest.name, longest.text[:cut]))
+        held = [Document(f"{longest.name} (end)", longest.text[cut:])]
+    return kept, held
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _files(source: str) -> Iterator[tuple[Path, Path]]:
+    """Pairs of a folder and a file below it, in order; a directory of `datasets` stands for itself."""
+    path = Path(source)
+    if _is_dataset(path):
+        yield path.parent, path
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix in SUFFIXES and file.is_file():
+                yield path, file
+    elif path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise TrainingError(f"{path}: cannot tell its kind; expected {', '.join(SUFFIXES)}")
+        yield path.parent, path
+    elif matches := sorted(glob.glob(source, recursive=True)):
+        for match in matches:
+            if Path(match).suffix in SUFFIXES:
+                yield from _files(match)
+    else:
+        raise TrainingError(f"{source}: no such file or directory, and no file matches it")
+
+
+def _is_dataset(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _read(file: Path, name: str, skip_bad: bool) -> Iterator[Document]:
+    if file.is_dir():
+        yield from _rows(name, _dataset_texts(file))
+    elif file.suffix == ".parquet":
+        yield from _rows(name, _parquet_texts(file))
+    else:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            if skip_bad:
+                return
+            raise TrainingError(
+                f"{file}: is not UTF-8 (byte {error.start}); convert it, or leave such files out with --skip-bad"
+            ) from error
+        if file.suffix == ".jsonl":
+            yield from _rows(name, _json_texts(file, text))
+        else:
+            yield Document(name, text)
+
+
+def _rows(name: str, texts: Iterable[str]) -> Iterator[Document]:
+    for row, text in enumerate(texts):
+        yield Document(f"{name}:{row}", text)
+
+
+def _json_texts(file: Path, lines: str) -> Iterator[str]:
+    for number, line in enumerate(lines.splitlines(), 1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise TrainingError(f"{file}:{number}: expected a JSON object with a field text") from error
+            if not isinstance(text, str):
+                raise TrainingError(f"{file}:{number}: text is a {type(text).__name__}; expected a string")
+            yield text
+
+
+def _parquet_texts(file: Path) -> Iterator[str]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if "text" not in table.schema_arrow.names:
+                raise TrainingError(f"{file}: has no column text, only {', '.join(table.schema_arrow.names)}")
+            for batch in table.iter_batches(columns=["text"]):
+                yield from (text or "" for text in batch.column(0).to_pylist())
+    except pyarrow.lib.ArrowInvalid as error:
+        raise TrainingError(f"{file}: is no parquet file: {error}") from error
+
+
+def _dataset_texts(directory: Path) -> Iterator[str]:
+    import datasets
+
+    loaded = datasets.load_from_disk(os.fspath(directory))
+    for split in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
+        if "text" not in split.column_names:
+            raise TrainingError(f"{directory}: has no column text, only {', '.join(split.column_names)}")
+        yield from (text or "" for text in split["text"])

@@ -1,0 +1,118 @@
+"""Everything that decides what a training run computes, as a TOML file and in Python."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+
+from .errors import TrainingError
+
+SHIPPED = Path(__file__).parent / "recipes"
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run's model, data and hyper-parameters. Two runs of one recipe on one machine give one curve.
+
+    Raises `TrainingError` for a value that no run can have.
+    """
+
+    preset: str = "doge-20m"
+    model: Mapping[str, Any] = field(default_factory=dict)  # fields of the preset's configuration to change
+    data: tuple[str, ...] = ()  # files, folders, globs; none: the Python standard library's sources
+    exclude: tuple[str, ...] = ()  # patterns of document names to leave out
+    held_out: tuple[str, ...] = ()  # patterns of document names to measure on; none: one document in 50
+    skip_bad: bool = False  # leave out files that are not UTF-8
+    tokenizer: str = ""  # a directory; none: the preset's own
+    vocabulary: int = 0  # train a tokenizer of so many ids on the data instead
+    steps: int = 1000
+    sequence_length: int = 2048
+    batch_size: int = 8  # rows of one optimizer step, over all devices
+    device_batch_size: int = 8  # the most rows that a device takes at once; a step is computed in as many parts
+    learning_rate: float = 8e-3
+    warmup: float = 0.1  # shares of the steps
+    decay: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    precision: str = "bf16"  # of the matrix products; weights and optimizer are fp32
+    saved_dtype: str = "fp32"  # of the finished checkpoint
+    gradient_checkpointing: bool = False
+    compile: bool = True
+    sharded: bool = False  # parameters spread over the processes (FSDP2), not a copy in each (DDP)
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 500
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, _typed(item.name, getattr(self, item.name), item.default))
+        for name, lowest in _LOWEST.items():
+            if getattr(self, name) < lowest:
+                raise TrainingError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
+        if not self.learning_rate > 0:
+            raise TrainingError(f"learning_rate is {self.learning_rate}; expected a positive number")
+        if self.warmup + self.decay > 1:
+            raise TrainingError(f"warmup and decay are {self.warmup} and {self.decay} of the steps; expected at most 1")
+        if self.precision not in DTYPES[:2] or self.saved_dtype not in DTYPES:
+            raise TrainingError(
+                f"precision is {self.precision!r} and saved_dtype {self.saved_dtype!r}; expected one of "
+                f"{', '.join(DTYPES[:2])} and one of {', '.join(DTYPES)}"
+            )
+        if self.tokenizer and self.vocabulary:
+            raise TrainingError("tokenizer and vocabulary are both given; expected a directory, or a size to train")
+
+    @classmethod
+    def load(cls, source: str, changes: Mapping[str, Any]) -> "Recipe":
+        """The recipe in a TOML file, or the shipped one of that name, with some values changed."""
+        path = Path(source)
+        if path.suffix != ".toml" and not path.exists():
+            path = SHIPPED / f"{source}.toml"
+            if not path.exists():
+                names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+                raise TrainingError(f"{source}: no recipe of that name; expected a .toml file or one of {names}")
+        try:
+            values = tomli.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TrainingError(f"{path}: is no TOML: {error}") from error
+        if unknown := values.keys() - {item.name for item in fields(cls)}:
+            known = ", ".join(item.name for item in fields(cls))
+            raise TrainingError(f"{path}: unknown {', '.join(sorted(unknown))}; expected {known}")
+        try:
+            return cls(**{**values, **changes})
+        except TrainingError as error:
+            raise TrainingError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(tomli_w.dumps(self.values()), encoding="utf-8")
+
+    def values(self) -> dict[str, Any]:
+        """As plain values, the way TOML gives them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+_LOWEST = {
+    "vocabulary": 0, "steps": 1, "sequence_length": 2, "batch_size": 1, "device_batch_size": 1, "warmup": 0, "decay": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "log_every": 1, "evaluate_every": 1, "save_every": 1,
+}  # fmt: skip
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """`value` as the kind of its default: lists become tuples, whole numbers may stand for others."""
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        kind = float if default else str
+        if all(isinstance(part, kind) for part in value) and len(value) in (len(default) or len(value),):
+            return tuple(value)
+    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(default, bool | int | float | str):
+        if type(value) is type(default):
+            return value
+    elif isinstance(value, Mapping):
+        return dict(value)
+    raise TrainingError(f"{name} is {value!r}; expected the kind of {default!r}")

@@ -1,0 +1,224 @@
+"""One training run, from its recipe to a finished checkpoint directory.
+
+OUT/config.json, model.safetensors, tokenizer…    the finished model, as from_pretrained takes it
+OUT/loss.png, training.json                       the curves, and what was measured
+OUT/recipe.toml                                   what was asked for
+OUT/checkpoints/checkpoint-N                      where --resume goes on
+OUT/logs                                          for TensorBoard
+"""
+
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import get_model_param_count
+
+from wm_models import DogeConfig, DogeForCausalLM, preset, shipped_tokenizer
+
+from .data import Document, hold_out, read_documents
+from .errors import TrainingError
+from .recipe import Recipe
+from .report import Progressing, bits_per_byte, curves, draw, sample, save_report
+from .rows import Rows, pack, special_ids
+from .tokenizer import train_tokenizer
+from .trainer import STAGING, RowTrainer, last_checkpoint, training_arguments
+
+SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json", "loss.png"
+
+
+class Prepared(NamedTuple):
+    """The data of a run, ready for the model."""
+
+    train: list[Document]
+    held_out: list[Document]
+    tokenizer: PreTrainedTokenizerFast
+    train_rows: Rows
+    held_out_rows: Rows
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read, split, tokenise and pack a recipe's data."""
+    documents = read_documents(recipe.data, recipe.exclude, recipe.skip_bad)
+    train, held_out = hold_out(documents, recipe.held_out)
+    if recipe.vocabulary:
+        tokenizer = train_tokenizer((document.text for document in train), recipe.vocabulary)
+    elif recipe.tokenizer:
+        if not Path(recipe.tokenizer, "tokenizer.json").exists():
+            raise TrainingError(f"{recipe.tokenizer}: has no tokenizer.json; expected a tokenizer's directory")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.tokenizer)
+    else:
+        tokenizer = shipped_tokenizer()
+    length = recipe.sequence_length
+    return Prepared(
+        train,
+        held_out,
+        tokenizer,
+        pack(train, tokenizer, length).divisible(recipe.batch_size),
+        pack(held_out, tokenizer, length).filled(recipe.batch_size),
+    )
+
+
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConfig:
+    """The preset's configuration with the recipe's changes, for this tokenizer."""
+    special = special_ids(tokenizer)
+    values = preset(recipe.preset).to_dict()
+    if unknown := recipe.model.keys() - values.keys():
+        raise TrainingError(f"model has no {', '.join(sorted(unknown))}; expected fields of {DogeConfig.__name__}")
+    values |= {
+        **recipe.model,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": special.begin,
+        "eos_token_id": special.end,
+        "pad_token_id": special.pad,
+    }
+    config = DogeConfig.from_dict(values)
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise TrainingError(
+            f"sequence_length is {recipe.sequence_length}; the model takes at most "
+            f"max_position_embeddings = {config.max_position_embeddings}"
+        )
+    return config
+
+
+class Estimate(NamedTuple):
+    """What a run will take, from its first two steps."""
+
+    parameters: int
+    training_tokens: int
+    held_out_tokens: int
+    peak_bytes: int
+    compile_seconds: float
+    step_seconds: float
+    total_seconds: float  # without evaluation
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Train by a recipe into `out`, which must be empty or, to `resume`, hold a run of the same recipe.
+
+    Returns what training.json holds. Under torchrun every process calls it alike. Raises `TrainingError`.
+    """
+    arguments = training_arguments(recipe, out / "checkpoints", trial=False)
+    first = arguments.process_index == 0
+    console = console if console and first else Console(quiet=not first)
+    if first:
+        _check_place(recipe, out, resume)
+    data = prepare(recipe)
+    config = model_config(recipe, data.tokenizer)
+    if first:
+        _claim(recipe, out, data.train_rows.digest())
+    console.print(
+        f"{len(data.train):,} documents to train on, {data.train_rows.targets:,} tokens; "
+        f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} tokens"
+    )
+    checkpoints = out / "checkpoints"
+    last, finished = last_checkpoint(checkpoints), checkpoints / f"checkpoint-{recipe.steps}"
+    if not finished.exists():
+        trainer, progress = _trainer(recipe, arguments, config, data, console, out / "logs" if first else None)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        finally:
+            progress.bar.stop()
+    return _finish(recipe, out, finished, data) if first else {}
+
+
+def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
+    """Take a run's first two steps, of which the first compiles, and reckon what the whole would take."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(recipe, Path(folder), trial=True)
+        data = prepare(recipe)
+        config = model_config(recipe, data.tokenizer)
+        trainer, progress = _trainer(recipe, arguments, config, data, console or Console(), None)
+        trainer.train()
+    (_, start), (_, compiled), (_, end) = progress.ends[:3]
+    step = end - compiled
+    return Estimate(
+        get_model_param_count(trainer.model),
+        data.train_rows.targets,
+        data.held_out_rows.targets,
+        _peak_bytes(),
+        compiled - start - step,
+        step,
+        compiled - start + step * (recipe.steps - 1),
+    )
+
+
+def _trainer(
+    recipe: Recipe, arguments: Any, config: DogeConfig, data: Prepared, console: Console, logs: Path | None
+) -> tuple[RowTrainer, Progressing]:
+    progress = Progressing(console, recipe.batch_size * recipe.sequence_length)
+    callbacks: list[TrainerCallback] = [progress]
+    if logs is not None:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(logs))))
+    torch.manual_seed(recipe.seed)
+    model = DogeForCausalLM(config)
+    model.config.output_router_logits = model.config.is_moe  # the routers' loss is part of the training loss
+    return RowTrainer(model, arguments, data.train_rows, data.held_out_rows, data.tokenizer, callbacks), progress
+
+
+def _check_place(recipe: Recipe, out: Path, resume: bool) -> None:
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"{out}: is not empty; go on with --resume, or choose another --out")
+        return
+    if not (out / RECIPE).exists():
+        raise TrainingError(f"{out}: holds no run to resume; expected its {RECIPE}")
+    before, now = Recipe.load(str(out / RECIPE), {}).values(), recipe.values()
+    changed = [f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]]
+    if changed:
+        raise TrainingError(f"{out}: was begun with another recipe: {'; '.join(changed)}")
+
+
+def _claim(recipe: Recipe, out: Path, digest: str) -> None:
+    """Write down what is being trained, or make sure that it is what was."""
+    written = out / DIGEST
+    if written.exists():
+        if written.read_text() != digest:
+            raise TrainingError(f"{out}: was begun with other data; the tokens differ, though the recipe is the same")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        written.write_text(digest)
+        recipe.save(out / RECIPE)
+    shutil.rmtree(out / "checkpoints" / STAGING, ignore_errors=True)
+
+
+def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict[str, Any]:
+    """Make the last checkpoint the finished model; its config.json moves in last, since without it nothing loads."""
+    model = DogeForCausalLM.from_pretrained(checkpoint, config=model_config(recipe, data.tokenizer)).eval()
+    losses = curves(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+    loss = losses["eval_loss"][recipe.steps]
+    values = {
+        "parameters": model.num_parameters(),
+        "steps": recipe.steps,
+        "training_loss": losses["loss"][max(losses["loss"])],
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
+        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
+        "sample": sample(model, data.tokenizer, data.held_out[0], recipe.seed),
+    }
+    folder = out / STAGING
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(SAVED_DTYPES[recipe.saved_dtype]).save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    draw(losses, folder / PICTURE)
+    save_report(folder / REPORT, values)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, out / file.name)
+    folder.rmdir()
+    return values
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
