@@ -202,7 +202,8 @@ def lower(model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_log
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
     names = state_names(caches)
     states = [state for cache in caches for state in cache]
-    sample = (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([3, 2]))
+    length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # and more than one chunk
+    sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
