@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.console import run
+from wm_models.shipped import TRAINED
 
 from .errors import VerificationError
 from .inspection import inspect_artifact
@@ -24,8 +25,10 @@ console = Console(highlight=False)
 
 @app.command()
 def onnx(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a preset's name for random weights.")],
     out: Annotated[Path, typer.Option(help="The artifact directory to write.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint directory, the shipped model, or a preset's name for random weights.")
+    ] = TRAINED,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     quantize: Annotated[str | None, typer.Option(help="Weights as int8 or int4, in blocks.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a slot holds. Default: all RoPE allows.")] = None,

@@ -1,12 +1,21 @@
-"""Where a model comes from: a checkpoint directory, a hub model or a preset's name."""
+"""Where a model comes from: a checkpoint directory, a hub model, the shipped one, or a preset's name."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from wm_models import PRESETS, CheemsConfig, CheemsForCausalLM, DogeForCausalLM, create, shipped_tokenizer
+from wm_models import (
+    PRESETS,
+    CheemsConfig,
+    CheemsForCausalLM,
+    DogeForCausalLM,
+    create,
+    shipped_checkpoint,
+    shipped_tokenizer,
+)
 from wm_models.decoder import DecoderForCausalLM
+from wm_models.shipped import TRAINED
 
 from .errors import ExportError
 
@@ -23,13 +32,15 @@ TOKENIZER_FILES = (
 def load_model(source: str, seed: int) -> DecoderForCausalLM:
     """The eager model in float32 and evaluation mode.
 
-    `source` is a directory, or a preset's name for random weights from `seed`; a directory of a preset's name wins.
+    `source` is a directory, the shipped model's name, or a preset's for random weights from `seed`; a directory of
+    such a name wins.
     Raises `ExportError` or `wm_models.CheckpointError`.
     """
+    source = _resolve(source)
     if not os.path.isdir(source) and source in PRESETS:
         return create(source, seed)
     if not os.path.isdir(source) and "/" not in source:
-        raise ExportError(f"{source}: no such directory, and no preset; the presets are {', '.join(PRESETS)}")
+        raise ExportError(f"{source}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}")
     try:
         model_type = CheemsConfig.get_config_dict(source)[0].get("model_type")
     except OSError:  # the loader says what is wrong
@@ -41,6 +52,7 @@ def load_model(source: str, seed: int) -> DecoderForCausalLM:
 def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
     """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
     model.config.save_pretrained(out)
+    source = _resolve(source)
     if os.path.isdir(source):
         for name in TOKENIZER_FILES:
             if os.path.isfile(os.path.join(source, name)):
@@ -49,3 +61,7 @@ def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
         shipped_tokenizer().save_pretrained(out)
     if not (out / "generation_config.json").exists() and model.generation_config is not None:
         model.generation_config.save_pretrained(out)
+
+
+def _resolve(source: str) -> str:
+    return str(shipped_checkpoint()) if source == TRAINED and not os.path.isdir(source) else source

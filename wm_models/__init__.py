@@ -7,8 +7,8 @@ from .doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
 from .modules import CDMoE, DMAttn
 from .passes import LayerCache
 from .presets import PRESETS, create, preset
+from .shipped import shipped_checkpoint, shipped_tokenizer
 from .ssd import SSD
-from .tokenizer import shipped_tokenizer
 
 __all__ = [
     "PRESETS",
@@ -26,5 +26,6 @@ __all__ = [
     "LayerCache",
     "create",
     "preset",
+    "shipped_checkpoint",
     "shipped_tokenizer",
 ]

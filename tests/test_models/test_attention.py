@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wm_models.attention import keep_largest
@@ -19,6 +19,7 @@ def biases(draw):
     return torch.tensor(bias), visible & ~torch.tensor(padded), keep
 
 
+@settings(deadline=None)
 @given(biases())
 def test_exactly_the_largest_are_kept_and_the_later_of_equals(case):
     bias, visible, keep = case

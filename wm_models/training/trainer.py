@@ -139,6 +139,14 @@ class RowTrainer(Trainer):
             out = compiled(**inputs, num_items_in_batch=self.predictions_in_batch, skip_logits=True)
         return out.loss, None, None
 
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
+        """What a resumed run measures before its first step is no point of the curve: that only compiles."""
+        history = list(self.state.log_history)
+        metrics = super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+        if skip_scheduler and self.state.global_step > 0:
+            self.state.log_history = history
+        return metrics
+
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Stop before anything made of a loss that is not finite is saved."""
         for name, value in (("loss", tr_loss), ("gradient norm", grad_norm)):
@@ -173,5 +181,6 @@ class RowTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / STAGING / name).rename(folder / name)
+            (folder / STAGING).rmdir()
             rotate_checkpoints(output_dir=str(folder), save_total_limit=KEPT_CHECKPOINTS)
         self.accelerator.wait_for_everyone()

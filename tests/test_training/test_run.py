@@ -1,0 +1,270 @@
+"""Whole runs: one graph, the same curve however it is computed, and nothing lost when one is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import PreTrainedTokenizerFast
+
+from test_training.conftest import TINY
+from wm_models import DogeForCausalLM, shipped_tokenizer
+from wm_models.training import Recipe, TrainingError, train
+from wm_models.training.report import Progressing
+from wm_models.training.run import estimate
+
+COMMAND = "from wm_models.training.cli import main; main()"
+
+
+def recipe(corpus, **changes):
+    return Recipe(**{**TINY, "data": [str(corpus)], **changes})
+
+
+def curve(out, steps=TINY["steps"]):
+    """Training and held-out losses by step, out of the last checkpoint."""
+    state = json.loads((out / "checkpoints" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    return {
+        (key, entry["step"]): entry[key]
+        for entry in state["log_history"]
+        for key in ("loss", "eval_loss")
+        if key in entry
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    values = train(recipe(corpus), out)
+    return out, values
+
+
+def test_what_a_run_leaves(finished):
+    out, values = finished
+    names = {"config.json", "model.safetensors", "tokenizer.json", "loss.png", "training.json", "recipe.toml", "logs"}
+    assert names <= {path.name for path in out.iterdir()}
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
+    assert json.loads((out / "training.json").read_text()) == values
+    assert Recipe.load(str(out / "recipe.toml"), {}) == Recipe.load(str(out / "recipe.toml"), {"seed": 0})
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((out / "logs").iterdir())
+    losses = curve(out)
+    assert sorted(step for key, step in losses if key == "eval_loss") == [0, 3, 6, 8]
+    assert losses["eval_loss", 8] < losses["eval_loss", 0] - 0.1
+    assert values["held_out_loss"] == losses["eval_loss", 8]
+
+
+def test_the_finished_model_has_the_reported_loss(finished, corpus):
+    """Measured here one document at a time, without rows or padding, up to what a row's beginning costs."""
+    out, values = finished
+    model, tokenizer = DogeForCausalLM.from_pretrained(out).eval(), PreTrainedTokenizerFast.from_pretrained(out)
+    assert model.config.use_cache
+    ids = [0, *tokenizer((corpus / "held.py").read_text()).input_ids, 1]
+    total = 0.0
+    for start in range(0, len(ids) - 1, 31):
+        row = torch.tensor([ids[start : start + 32]])
+        with torch.no_grad():
+            total += model(row, labels=row).loss.item() * (row.shape[1] - 1)
+    assert values["held_out_loss"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_resuming_what_is_finished_changes_nothing(finished, corpus):
+    out, values = finished
+    assert train(recipe(corpus), out, resume=True) == values
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_killed_and_resumed(finished, corpus, tmp_path, step):
+    """A run that dies in the middle of a step, before or after its first checkpoint, ends with the same curve."""
+    code = f"""
+import os, signal, sys
+from wm_models.training import Recipe, train
+from wm_models.training.trainer import RowTrainer
+from pathlib import Path
+inner = RowTrainer.compute_loss
+def deadly(self, *args, **kwargs):
+    if self.state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(self, *args, **kwargs)
+RowTrainer.compute_loss = deadly
+train(Recipe(**{ {**TINY, "data": [str(corpus)]}!r}), Path(sys.argv[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
+    values = train(recipe(corpus), tmp_path / "out", resume=True)
+    assert curve(tmp_path / "out") == curve(finished[0])
+    assert values == finished[1]
+
+
+def test_killed_while_a_checkpoint_is_written(finished, corpus, tmp_path, monkeypatch):
+    """Half a checkpoint never has a checkpoint's name."""
+    out = tmp_path / "out"
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wm_models.training.trainer.Trainer._save_rng_state", fail)
+        with pytest.raises(
+            TrainingError, match=r"checkpoint-2: cannot be written: .*No space left.*checkpoint is None"
+        ):
+            train(recipe(corpus), out)
+    assert not list((out / "checkpoints").iterdir())
+    train(recipe(corpus), out, resume=True)
+    assert curve(out) == curve(finished[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
+    inner = torch.optim.AdamW.step
+
+    def ruin(self, *args, **kwargs):
+        result = inner(self, *args, **kwargs)
+        ruin.calls += 1
+        if ruin.calls == 3:
+            self.param_groups[0]["params"][0].data.fill_(torch.nan)
+        return result
+
+    ruin.calls = 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan at learning rate 0\.005; .*checkpoint-2"):
+        train(recipe(corpus), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_another_recipe_or_other_data(finished, corpus, tmp_path):
+    out, _ = finished
+    with pytest.raises(
+        TrainingError, match=r"seed was 0 and is 1; sequence_length|sequence_length was 32 .* seed was 0"
+    ):
+        train(recipe(corpus, seed=1, sequence_length=16), out, resume=True)
+    with pytest.raises(TrainingError, match="is not empty"):
+        train(recipe(corpus), out)
+    with pytest.raises(TrainingError, match="no run to resume"):
+        train(recipe(corpus), tmp_path, resume=True)
+    (out / "data.sha256").write_text("other")
+    with pytest.raises(TrainingError, match="other data"):
+        train(recipe(corpus), out, resume=True)
+
+
+def test_accumulation_and_checkpointing_change_nothing(finished, corpus, tmp_path):
+    train(recipe(corpus, device_batch_size=4, gradient_checkpointing=True), tmp_path / "out")
+    assert curve(tmp_path / "out") == pytest.approx(curve(finished[0]), rel=1e-4)
+
+
+def test_bfloat16_and_experts(corpus, tmp_path):
+    experts = {**TINY["model"], "is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}
+    train(recipe(corpus, precision="bf16", model=experts, saved_dtype="fp16"), tmp_path / "out")
+    losses = curve(tmp_path / "out")
+    assert losses["eval_loss", 8] < losses["eval_loss", 0]
+    assert DogeForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float16
+
+
+def test_dry_run(corpus):
+    found = estimate(recipe(corpus))
+    assert found.parameters > 0
+    assert found.step_seconds > 0
+    assert found.total_seconds > 7 * found.step_seconds
+
+
+@pytest.mark.slow
+def test_compiled(corpus, tmp_path, monkeypatch):
+    """One graph, no recompilation from the second step on, and eager's curve for 50 steps."""
+    inner = Progressing.on_step_end
+
+    def strict(self, *args, **kwargs):
+        torch._dynamo.config.error_on_recompile = True
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(Progressing, "on_step_end", strict)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
+    torch._dynamo.reset()
+    counters.clear()
+    options = {"steps": 50, "evaluate_every": 20, "save_every": 25}
+    train(recipe(corpus, compile=True, **options), tmp_path / "compiled")
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # training and evaluation
+    torch._dynamo.config.error_on_recompile = False
+    train(recipe(corpus, **options), tmp_path / "eager")
+    assert curve(tmp_path / "compiled", 50) == pytest.approx(curve(tmp_path / "eager", 50), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes(finished, corpus, tmp_path, sharded):
+    """torchrun on two processes: the single process's curve, also when one is killed and both go on."""
+    path, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe(corpus, sharded=sharded).save(path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, sys.executable, "-c", COMMAND, "--recipe", str(path), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while process.poll() is None and not (out / "checkpoints" / "checkpoint-2").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curve(out) == pytest.approx(curve(finished[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "NOWHERE"], "no such file or directory"),
+        (["--data", "EMPTY"], "no text found"),
+        (["--data", "BAD"], "bad.txt: is not UTF-8"),
+        (["--sequence-length", "4096"], "max_position_embeddings = 64"),
+        (["--recipe", "doge-1m"], "doge-20m"),
+        (["--preset", "doge-20m"], "--preset"),
+        (["--learning-rate", "0"], "learning_rate is 0"),
+        (["--precision", "fp8"], "precision is 'fp8'"),
+        (["--batch-size", "5", "--device-batch-size", "2"], "batch_size is 5"),
+        (["--steps", "many"], "--steps"),
+        (["--tokenizer", "EMPTY", "--vocabulary", "0"], "tokenizer.json"),
+        (["--out", "CORPUS"], "not empty"),
+        (["--out", "MISSING", "--resume"], "no run to resume"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(corpus, tmp_path, monkeypatch, capsys, arguments, words):
+    from wm_models.training.cli import main
+
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad" / "bad.txt").write_bytes(b"\xff\xfe")
+    places = {
+        "NOWHERE": "none", "EMPTY": "empty", "BAD": "bad", "MISSING": "missing", "CORPUS": corpus,
+    }  # fmt: skip
+    path = tmp_path / "recipe.toml"
+    recipe(corpus).save(path)
+    given = [str(tmp_path / places[word]) if word in places else word for word in arguments]
+    options = ["--recipe", str(path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["wm-train", *options, *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2, errors
+    assert errors.count("\n") == 1, errors
+    assert words in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_trains_with_its_own_recipe():
+    from wm_models import PRESETS
+    from wm_models.training.recipe import SHIPPED
+
+    for name in PRESETS:
+        found = Recipe.load(name, {"steps": 5})
+        assert (found.preset, found.steps, found.sequence_length) == (name, 5, 2048)
+    assert {path.stem for path in SHIPPED.glob("*.toml")} == {*PRESETS, "doge-3m"}
+    assert len(shipped_tokenizer()) == 32768
+    assert Path(SHIPPED / "doge-3m.toml").exists()
