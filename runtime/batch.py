@@ -128,13 +128,13 @@ def finished_lines(path: Path, prompts: Sequence[Prompt]) -> set[int]:
     for number, text in enumerate(whole.splitlines()):
         try:
             answer = json.loads(text)
-            prompt = prompts[answer["line"]]
-            same = all(answer[key] == value for key, value in prompt.given.items())
+            line = answer["line"]
+            same = all(answer[key] == value for key, value in prompts[line].given.items())
         except (ValueError, LookupError, TypeError):
-            same = False
+            line, same = -1, False
         if not same:
             raise RequestError(f"{path}: line {number + 1} answers no line of the prompts; choose another --out")
-        done.add(prompt.line)
+        done.add(line)
     if len(whole) < len(data):
         with path.open("r+b") as stream:
             stream.truncate(len(whole))

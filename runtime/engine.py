@@ -15,6 +15,7 @@ from .artifact import Artifact, read_artifact
 from .cuda import Device, gpu_count
 from .errors import ArtifactError, RequestError
 from .gpu import GpuSession
+from .onnx_gpu import OnnxGpuSession, choose_provider
 from .sampling import Sampler
 from .session import OnnxSession
 from .tensorrt import TensorRTSession, choose_engine
@@ -28,6 +29,7 @@ def load(
     directory: str | PathLike[str],
     backend: str = "auto",
     *,
+    provider: str = "cpu",
     threads: int | None = None,
     allow_unverified: bool = False,
     public_key: str | PathLike[str] | bytes | None = None,
@@ -35,8 +37,9 @@ def load(
     """Load an artifact directory.
 
     `backend`: "onnx" (ONNX Runtime), "tensorrt", or "auto": TensorRT where the artifact has an engine for the release
-    that is installed and there is a GPU, else ONNX Runtime. `threads` to compute with (default: the physical cores).
-    With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
+    that is installed and there is a GPU, else ONNX Runtime. `provider`: what ONNX Runtime computes on, "cpu", "cuda",
+    "tensorrt", or "auto" for a GPU where there is all that it needs. `threads` to compute with (default: the physical
+    cores). With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
     `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that does not
     fit this machine, `RequestError` for a GPU that is not there, ValueError for an unknown backend.
     """
@@ -45,14 +48,17 @@ def load(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
     artifact = read_artifact(Path(directory), allow_unverified, public_key)
-    return Engine(artifact, _session(artifact, backend, threads))
+    return Engine(artifact, _session(artifact, backend, provider, threads))
 
 
-def _session(artifact: Artifact, backend: str, threads: int | None) -> Session:
+def _session(artifact: Artifact, backend: str, provider: str, threads: int | None) -> Session:
     if backend == "auto":
         backend = "tensorrt" if gpu_count() and _has_engine(artifact) else "onnx"
     if backend == "tensorrt":
         return TensorRTSession(artifact, choose_engine(artifact), Device())
+    provider = choose_provider(provider)
+    if provider != "cpu":
+        return OnnxGpuSession(artifact, provider, Device(), threads)
     return OnnxSession(artifact, threads)
 
 
@@ -104,9 +110,9 @@ class Engine:
         each slot's last real token, in a buffer that the next call may overwrite. Raises `RequestError` before
         anything runs where an id is outside the vocabulary or a slot would pass the artifact's length.
         """
-        return self._append(ids, lengths)
+        return self.append(ids, lengths)
 
-    def _append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
+    def append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
         """`prefill`, or the `likeliest` ids (B,) in place of the logits, -1 where those are not finite."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
@@ -199,7 +205,7 @@ class Engine:
         new = seen
         for _ in range(room):
             # where the likeliest token will do, it is chosen where the logits are
-            found = self._append(np.array([new]), likeliest=sampler.greedy)
+            found = self.append(np.array([new]), likeliest=sampler.greedy)
             if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
                 raise RequestError(f"the logits after token {len(seen)} are not finite; the weights or dtype overflow")
             token = int(found[0] if sampler.greedy else sampler(found, [seen])[0])

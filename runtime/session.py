@@ -21,6 +21,8 @@ class OnnxSession:
     belong and copies nothing. `threads` defaults to ONNX Runtime's choice, the physical cores.
     """
 
+    device_name = "CPU"
+
     def __init__(self, artifact: Artifact, threads: int | None = None):
         self.artifact, self.graph = artifact, artifact.graph
         options = onnxruntime.SessionOptions()

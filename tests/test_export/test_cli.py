@@ -40,9 +40,22 @@ def test_generate_verify_inspect_bench(artifact):
     shown = command("export", "inspect", artifact).stdout
     for word in ("input_ids", "TensorScatter", "model.onnx.data", "layers.2.bias.out"):
         assert word in shown
-    options = ("--prompt-length", 16, "--new-tokens", 8, "--rounds", 1, "--json", "--against", "transformers")
+    options = (
+        "--prompt-length",
+        16,
+        "--new-tokens",
+        8,
+        "--rounds",
+        1,
+        "--json",
+        "--against",
+        "transformers",
+        "--batch",
+        2,
+    )
     result = json.loads(command("runtime", "bench", artifact, *options).stdout)
     assert result["rivals"]["transformers"]["times_as_fast"] > 0
+    assert result["batch_over_one"] > 0
     assert result["weights_bytes"] < result["peak_bytes"]
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast
 
 from test_training.conftest import TINY
-from wm_models import DogeForCausalLM, shipped_tokenizer
+from wm_models import DogeForCausalLM
 from wm_models.training import Recipe, TrainingError, train
 from wm_models.training.report import Progressing
 from wm_models.training.run import estimate
@@ -85,7 +84,6 @@ def test_killed_and_resumed(finished, corpus, tmp_path, step):
 import os, signal, sys
 from wm_models.training import Recipe, train
 from wm_models.training.trainer import RowTrainer
-from pathlib import Path
 inner = RowTrainer.compute_loss
 def deadly(self, *args, **kwargs):
     if self.state.global_step == {step}:
@@ -265,6 +263,4 @@ def test_a_preset_trains_with_its_own_recipe():
     for name in PRESETS:
         found = Recipe.load(name, {"steps": 5})
         assert (found.preset, found.steps, found.sequence_length) == (name, 5, 2048)
-    assert {path.stem for path in SHIPPED.glob("*.toml")} == {*PRESETS, "doge-3m"}
-    assert len(shipped_tokenizer()) == 32768
-    assert Path(SHIPPED / "doge-3m.toml").exists()
+    assert {*PRESETS, "doge-3m"} <= {path.stem for path in SHIPPED.glob("*.toml")}

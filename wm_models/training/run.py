@@ -23,7 +23,14 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
-from wm_models import DogeConfig, DogeForCausalLM, preset, shipped_tokenizer
+from wm_models import (
+    CheemsConfig,
+    CheemsForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    preset,
+    shipped_tokenizer,
+)
 
 from .data import Document, hold_out, read_documents
 from .errors import TrainingError
@@ -33,6 +40,7 @@ from .rows import Rows, pack, special_ids
 from .tokenizer import train_tokenizer
 from .trainer import STAGING, RowTrainer, last_checkpoint, training_arguments
 
+MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json", "loss.png"
 
@@ -72,9 +80,10 @@ def prepare(recipe: Recipe) -> Prepared:
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConfig:
     """The preset's configuration with the recipe's changes, for this tokenizer."""
     special = special_ids(tokenizer)
-    values = preset(recipe.preset).to_dict()
+    base = preset(recipe.preset)
+    values = base.to_dict()
     if unknown := recipe.model.keys() - values.keys():
-        raise TrainingError(f"model has no {', '.join(sorted(unknown))}; expected fields of {DogeConfig.__name__}")
+        raise TrainingError(f"model has no {', '.join(sorted(unknown))}; expected fields of {type(base).__name__}")
     values |= {
         **recipe.model,
         "vocab_size": len(tokenizer),
@@ -82,7 +91,7 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConf
         "eos_token_id": special.end,
         "pad_token_id": special.pad,
     }
-    config = DogeConfig.from_dict(values)
+    config = type(base).from_dict(values)
     if recipe.sequence_length > config.max_position_embeddings:
         raise TrainingError(
             f"sequence_length is {recipe.sequence_length}; the model takes at most "
@@ -161,7 +170,7 @@ def _trainer(
     if logs is not None:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(logs))))
     torch.manual_seed(recipe.seed)
-    model = DogeForCausalLM(config)
+    model = MODELS[type(config)](config)
     model.config.output_router_logits = model.config.is_moe  # the routers' loss is part of the training loss
     return RowTrainer(model, arguments, data.train_rows, data.held_out_rows, data.tokenizer, callbacks), progress
 
@@ -194,7 +203,8 @@ def _claim(recipe: Recipe, out: Path, digest: str) -> None:
 
 def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict[str, Any]:
     """Make the last checkpoint the finished model; its config.json moves in last, since without it nothing loads."""
-    model = DogeForCausalLM.from_pretrained(checkpoint, config=model_config(recipe, data.tokenizer)).eval()
+    config = model_config(recipe, data.tokenizer)
+    model = MODELS[type(config)].from_pretrained(checkpoint, config=config).eval()
     losses = curves(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
     loss = losses["eval_loss"][recipe.steps]
     values = {
