@@ -24,7 +24,8 @@ def inspect_artifact(directory: str | Path) -> Inspection:
     """Inputs, outputs, operator counts and file sizes. Raises `runtime.ArtifactError`."""
     artifact = read_artifact(Path(directory), allow_unverified=True)
     graph = ir.load(artifact.path / artifact.graph.file).graph
-    operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph)
+    nodes = ir.traversal.RecursiveGraphIterator(graph)
+    operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     values = [("input", value) for value in graph.inputs] + [("output", value) for value in graph.outputs]
     summary = (
         f"{artifact.path}: {artifact.model_type}, {artifact.parameters:,} parameters, {artifact.graph.dtype}, "
