@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from wm_models import (
     PRESETS,
@@ -42,7 +43,7 @@ def load_model(source: str, seed: int) -> DecoderForCausalLM:
     if not os.path.isdir(source) and "/" not in source:
         raise ExportError(f"{source}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}")
     try:
-        model_type = CheemsConfig.get_config_dict(source)[0].get("model_type")
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     except OSError:  # the loader says what is wrong
         model_type = None
     model_class = CheemsForCausalLM if model_type == CheemsConfig.model_type else DogeForCausalLM
