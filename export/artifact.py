@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -83,7 +83,9 @@ def _locked(out: Path) -> tuple[Path, int]:
 
 def _sweep(out: Path) -> None:
     """Remove what exports to `out` left that were killed: unfinished directories that nobody holds locked."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
+    name = glob.escape(out.name)
+    nested = f"..{name}.*{PARTIAL}.*{PARTIAL}"  # of an export into an unfinished directory
+    for path in [*out.parent.glob(f".{name}.*{PARTIAL}"), *out.parent.glob(nested)]:
         try:
             lock = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -228,16 +230,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; what was there, and other names of it, stay as they are until then."""
+    """Write a file whole or not at all; what was there stays, under its other names for good."""
     unfinished = path.with_name(f".{path.name}")
     with unfinished.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(unfinished, path)
-
-
-def link_files(directory: Path, new: Path, names: Iterable[str]) -> None:
-    """The same files in another directory of the same file system, at no cost."""
-    for name in names:
-        os.link(directory / name, new / name)

@@ -67,7 +67,8 @@ def _recur_or_scan(
     def one(
         c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        y, new = recur(c[:, :, :1], b[:, :, :1], x[:, :, :1], log_decay[:, :, :1], state)
+        first = (part.narrow(2, 0, 1) for part in (c, b, x, log_decay))
+        y, new = recur(*first, state)  # type: ignore[call-arg]
         return _dense(y.expand(-1, -1, x.shape[2], -1)), _dense(new)
 
     def many(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -201,7 +202,8 @@ def lower(model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_log
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
     names = state_names(caches)
     states = [state for cache in caches for state in cache]
-    sample = (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([3, 2]))
+    length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # and more than one chunk
+    sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
@@ -235,21 +237,23 @@ def widen(model: ir.Model) -> ir.Model:
 
     Every bfloat16 input is cast up and every result is rounded back, so values are bfloat16 wherever they were.
     """
-    for node in list(model.graph):
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
         narrow = [i for i, value in enumerate(node.inputs) if value is not None and value.dtype == ir.DataType.BFLOAT16]
         if not narrow or node.op_type == "Cast":
             continue
         for index in narrow:
             value = node.inputs[index]
             up = _cast(value, ir.Value(name=f"{value.name}.for.{node.name}.{index}"), ir.DataType.FLOAT)  # type: ignore[union-attr]
-            model.graph.insert_before(node, up)
+            graph.insert_before(node, up)
             node.replace_input_with(index, up.outputs[0])
         for value in node.outputs:
             if value.dtype == ir.DataType.BFLOAT16:
                 rounded = ir.Value(name=value.name)
                 ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=True)
                 value.name, value.dtype = f"{value.name}.float32", ir.DataType.FLOAT
-                model.graph.insert_after(node, _cast(value, rounded, ir.DataType.BFLOAT16))
+                graph.insert_after(node, _cast(value, rounded, ir.DataType.BFLOAT16))
     return model
 
 

@@ -15,9 +15,10 @@ from wm_models.decoder import DecoderForCausalLM
 from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
 from .graph import lower
+from .numbers import check_biases, check_weights
 from .quantize import BITS, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
-from .verify import Comparison, Reference, check_quantized, plan, record_verdicts
+from .verify import Comparison, check, check_quantized, record_verdicts, references
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
@@ -62,6 +63,7 @@ def export_onnx(
     stage("loading")
     model = load_model(source, seed)
     max_length = checked_length(model, max_length)
+    check_weights(model, DTYPES[dtype])
     if model.config.is_moe and model.config.expert_routing == "batch":
         raise ExportError(
             f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
@@ -72,10 +74,11 @@ def export_onnx(
     origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
     with replacing(out, force) as directory:
         copy_texts(model, source, directory)
-        reference = None
+        answers = None
         if quantize is None:
             stage("computing the eager model's answers")
-            reference = Reference(model, plan(max_length, max_batch, model.config.keep_window_size))
+            answers, biases = references(model, max_length, max_batch)
+            check_biases(biases, DTYPES[dtype])
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
         options = {**sizes, "dtype": str(torch_dtype).removeprefix("torch."), "quantization": quantize or "none"}
@@ -91,10 +94,10 @@ def export_onnx(
         del graph
         write_manifest(directory, manifest, verified=False)
         stage("verifying")
-        if reference is None:
+        if answers is None:
             verdicts = check_quantized(directory, load_model(source, seed), report)
         else:
-            verdicts = reference.check(load(directory, allow_unverified=True), report)
+            verdicts = check(directory, answers, report)
         record_verdicts(directory, manifest, origin, verdicts)
         return verdicts
 

@@ -4,8 +4,18 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
-from wm_models import PRESETS, DogeForCausalLM, create, shipped_checkpoint, shipped_tokenizer
+from wm_models import (
+    PRESETS,
+    CheemsConfig,
+    CheemsForCausalLM,
+    DogeForCausalLM,
+    create,
+    shipped_checkpoint,
+    shipped_tokenizer,
+)
+from wm_models.decoder import DecoderForCausalLM
 from wm_models.shipped import TRAINED
 
 from .errors import ExportError
@@ -20,7 +30,7 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(source: str, seed: int) -> DogeForCausalLM:
+def load_model(source: str, seed: int) -> DecoderForCausalLM:
     """The eager model in float32 and evaluation mode.
 
     `source` is a directory, the shipped model's name, or a preset's for random weights from `seed`; a directory of
@@ -32,10 +42,15 @@ def load_model(source: str, seed: int) -> DogeForCausalLM:
         return create(source, seed)
     if not os.path.isdir(source) and "/" not in source:
         raise ExportError(f"{source}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}")
-    return DogeForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    try:
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except OSError:  # the loader says what is wrong
+        model_type = None
+    model_class = CheemsForCausalLM if model_type == CheemsConfig.model_type else DogeForCausalLM
+    return model_class.from_pretrained(source, dtype=torch.float32).eval()
 
 
-def copy_texts(model: DogeForCausalLM, source: str, out: Path) -> None:
+def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
     """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
     model.config.save_pretrained(out)
     source = _resolve(source)

@@ -4,7 +4,10 @@ B batch, S new tokens, V vocabulary.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from runtime import Engine, load
+from runtime import ArtifactError, Engine, load
 from runtime.artifact import read_artifact
 from runtime.session import OnnxSession
 from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
 
-from .artifact import VERIFICATION, link_files, replacing, write_json, write_manifest
+from .artifact import VERIFICATION, replacing, write_json, write_manifest
 from .errors import ExportError
+from .numbers import BiasRange, watched_biases
+from .probe import Values, drawn_biases, with_biases
 from .quantize import written_text
 from .source import load_model
 
@@ -75,6 +80,18 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
     return cases
 
 
+def probe_plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
+    """With the bias in sight: a ragged batch, and a pass beyond the keep window."""
+    steps = min(16, max(1, max_length // 2))
+    longest = max_length - steps
+    ragged = tuple(max(1, min(length, longest)) for length in (33, 5)[:max_batch])
+    cases = [Case(f"A drawn at random, prompts {ragged}", ragged, steps, (0,) * len(ragged))]
+    if keep_window < longest:
+        length = min(keep_window + 32, longest)
+        cases.append(Case(f"A drawn at random, prompt {length}", (length,), steps, (0,)))
+    return cases
+
+
 def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
     """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
 
@@ -118,8 +135,9 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], kl_
     graph = np.concatenate(found).astype(np.float64)
     difference = np.abs(eager - graph).max(-1)
     limit = LOGIT_TOLERANCE * max(1.0, float(np.abs(eager).max()))
-    log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
-    mean_kl = float((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).mean())
+    with np.errstate(invalid="ignore"):  # what is not finite does not pass
+        log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
+        mean_kl = float((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).mean())
     two = np.partition(eager, -2, axis=-1)[:, -2:]
     agree = eager.argmax(-1) == graph.argmax(-1)
     flips = int((~agree & (two[:, 1] - two[:, 0] > limit)).sum())  # where the eager margin exceeds the limit
@@ -146,12 +164,19 @@ def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int) -> np.
 class Reference:
     """The eager model's answers to a plan, taken before the model is lowered and used up.
 
-    It reads random ids or, where `text` (rows, S) is given, pieces of that: what quantisation costs shows on text.
+    `drawn` are the values of A that it had then, where they are not its own. It reads random ids or, where `text`
+    (rows, S) is given, pieces of that: what quantisation costs shows on text.
     """
 
-    def __init__(self, model: DecoderForCausalLM, cases: list[Case], text: np.ndarray | None = None):
+    def __init__(
+        self,
+        model: DecoderForCausalLM,
+        cases: list[Case],
+        drawn: Values | None = None,
+        text: np.ndarray | None = None,
+    ):
         draw = np.random.default_rng(0)
-        self.cases = cases
+        self.cases, self.drawn = cases, drawn or {}
         self.sequences: list[list[np.ndarray]] = []
         self.logits: list[list[np.ndarray]] = []
         for case in cases:
@@ -164,16 +189,49 @@ class Reference:
             self.logits.append(
                 [eager_logits(model, torch.from_numpy(row), at - 1) for row, at in zip(rows, case.prompts, strict=True)]
             )
+            if not all(np.isfinite(logits).all() for logits in self.logits[-1]):
+                raise ExportError(
+                    f"the eager model's own logits are not finite ({case.name}); there is nothing to export"
+                )
 
     def check(self, engine: Engine, report: Callable[[Comparison], None]) -> list[Comparison]:
         """Run every case, handing each verdict to `report` as it comes."""
         graph, verdicts = engine.graph, []
         limit = KL_LIMITS.get(graph.dtype if graph.quantization == "none" else graph.quantization)
         for case, sequences, expected in zip(self.cases, self.sequences, self.logits, strict=True):
-            verdict = compare(case, expected, run_case(engine, case, sequences), limit)
+            try:
+                found = run_case(engine, case, sequences)
+            except ArtifactError:  # what does not run agrees with nothing
+                found = [np.full_like(rows, np.nan) for rows in expected]
+            verdict = compare(case, expected, found, limit)
             report(verdict)
             verdicts.append(verdict)
         return verdicts
+
+
+def references(
+    model: DecoderForCausalLM, max_length: int, max_batch: int
+) -> tuple[list[Reference], dict[str, BiasRange]]:
+    """The answers of the model as it is, and with its bias in sight; and the range of its biases on the way.
+
+    Raises `ExportError` where the model's own logits are not finite.
+    """
+    limits = max_length, max_batch, model.config.keep_window_size
+    with watched_biases(model) as biases:
+        answers = [Reference(model, plan(*limits))]
+    with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
+        if drawn:
+            answers.append(Reference(model, probe_plan(*limits), drawn))
+    return answers, biases
+
+
+def check(directory: Path, answers: list[Reference], report: Callable[[Comparison], None]) -> list[Comparison]:
+    """Hold the artifact in `directory` against the eager model's answers; writes a graph there for a while."""
+    artifact, verdicts = read_artifact(directory, allow_unverified=True), []
+    for reference in answers:
+        with with_biases(artifact, reference.drawn) if reference.drawn else nullcontext(artifact) as tried:
+            verdicts += reference.check(Engine(tried, OnnxSession(tried)), report)
+    return verdicts
 
 
 def check_quantized(
@@ -183,10 +241,10 @@ def check_quantized(
     engine = load(directory, allow_unverified=True)
     graph, text = engine.graph, written_text(engine)
     cases = plan(graph.max_length, graph.max_batch, model.config.keep_window_size)
-    verdicts = Reference(model, cases, text).check(engine, report)
+    verdicts = Reference(model, cases, text=text).check(engine, report)
     portable = replace(engine.artifact, graph=replace(graph, cpu_file=graph.file))
     few = [Case(f"{graph.file}, prompt 17, 4 steps", (min(17, graph.max_length - 4),), 4, (0,))]
-    return verdicts + Reference(model, few, text).check(Engine(portable, OnnxSession(portable)), report)
+    return verdicts + Reference(model, few, text=text).check(Engine(portable, OnnxSession(portable)), report)
 
 
 def record_verdicts(
@@ -229,17 +287,16 @@ def verify(
                 f"{directory / VERIFICATION}: names no source to compare with; name the checkpoint with --source"
             )
     model = load_model(origin["source"], origin.get("seed", 0))
-    graph = artifact.graph
-    if graph.quantization != "none":
-        verdicts = check_quantized(directory, model, report)
-    else:
-        reference = Reference(model, plan(graph.max_length, graph.max_batch, model.config.keep_window_size))
-        del model
-        verdicts = reference.check(load(directory, allow_unverified=True), report)
-    if artifact.verified and (directory / SIGNATURE).exists() and all(verdict.passed for verdict in verdicts):
-        return verdicts
-    kept = {key: value for key, value in json.loads(artifact.manifest).items() if key not in ("files", "verified")}
+    graph, quantised = artifact.graph, artifact.graph.quantization != "none"
+    answers = [] if quantised else references(model, graph.max_length, graph.max_batch)[0]
     with replacing(directory, force=True) as new:
-        link_files(directory, new, artifact.files)
-        record_verdicts(new, kept, origin, verdicts)
+        shutil.copytree(directory, new, copy_function=os.link, dirs_exist_ok=True)
+        verdicts = check_quantized(new, model, report) if quantised else check(new, answers, report)
+        stands = artifact.verified and all(verdict.passed for verdict in verdicts)
+        if not (stands and (new / SIGNATURE).exists()):
+            (new / SIGNATURE).unlink(missing_ok=True)
+            kept = {
+                key: value for key, value in json.loads(artifact.manifest).items() if key not in ("files", "verified")
+            }
+            record_verdicts(new, kept, origin, verdicts)
     return verdicts

@@ -50,26 +50,30 @@ def generate_many(
     for prompt in prompts:
         engine.check_prompt(prompt.ids)
     engine.reserve(slots, min(limit, max(len(prompt.ids) for prompt in prompts) + max_new_tokens - 1))
-    waiting, running = list(reversed(prompts)), {}
+    waiting, running, held = list(reversed(prompts)), {}, engine.held
     while waiting or running:
-        done = []
-        for slot in range(slots):
-            if slot not in running and waiting:
-                prompt = waiting.pop()
-                draws = None if seed is None else seed + prompt.line
-                running[slot] = _Sequence(prompt, Sampler(**sampling, seed=draws))
-                _take(engine, running[slot], engine.join(slot, prompt.ids), max_new_tokens, slot, done)
-        if len(done) < len(running):
-            ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
-            for slot, sequence in running.items():
-                if slot not in done:
-                    ids[slot], active[slot] = sequence.new[-1], 1
-            logits = engine.prefill(ids, active)
-            for slot in np.flatnonzero(active):
-                _take(engine, running[int(slot)], logits[slot], max_new_tokens, int(slot), done)
-        for slot in done:
-            engine.leave(slot)
-            sequence = running.pop(slot)
+        done: list[int] = []
+        with engine.in_use:  # until every id is chosen: the next step overwrites the logits
+            engine.check_held(held)
+            for slot in range(slots):
+                if slot not in running and waiting:
+                    prompt = waiting.pop()
+                    draws = None if seed is None else seed + prompt.line
+                    running[slot] = _Sequence(prompt, Sampler(**sampling, seed=draws))
+                    _take(engine, running[slot], engine.join(slot, prompt.ids), max_new_tokens, slot, done)
+            if len(done) < len(running):
+                ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
+                for slot, sequence in running.items():
+                    if slot not in done:
+                        ids[slot], active[slot] = sequence.new[-1], 1
+                logits = engine.prefill(ids, active)
+                for slot in np.flatnonzero(active):
+                    _take(engine, running[int(slot)], logits[slot], max_new_tokens, int(slot), done)
+            finished = [running.pop(slot) for slot in done]
+            for slot in done:
+                engine.leave(slot)
+            held = engine.held
+        for sequence in finished:
             yield sequence.prompt, sequence.new
 
 
@@ -77,7 +81,10 @@ def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, sl
     """Choose the sequence's next id; note its slot in `done` where it is the last."""
     prompt, new = sequence.prompt, sequence.new
     if not np.isfinite(logits).all():
-        raise RequestError(f"line {prompt.line + 1}: the logits are not finite; the weights or dtype overflow")
+        raise RequestError(
+            f"line {prompt.line + 1}: the logits of slot {slot} after token {len(prompt.ids) + len(new)} "
+            "are not finite; the weights or dtype overflow"
+        )
     token = int(sequence.sampler(logits[None], [prompt.ids + new])[0])
     if token not in engine.end_ids:
         new.append(token)

@@ -20,27 +20,29 @@ from rich.table import Table
 from .artifact import Artifact
 from .engine import Engine, load
 from .errors import RequestError
+from .session import OnnxSession
 
-RIVALS = ("transformers",)
+RIVALS = ("transformers", "torch-compile")
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 Result = dict[str, Any]
 
 
 def measure(
     directory: Path, against: list[str], prompt_length: int, new_tokens: int, rounds: int, threads: int | None,
-    batch: int = 1,
+    batch: int = 1, backend: str = "auto", provider: str = "cpu",
 ) -> Result:  # fmt: skip
     """Medians over `rounds` of batch 1: tokens/s, seconds, bytes, and the ratios between them; and decoding in `batch`
     slots beside it.
 
     The floor alternates with the engine, round by round, so a machine that slows down slows both. A rival runs in a
-    process of its own, at once afterwards. Raises `RequestError` for lengths that the artifact cannot hold.
+    process of its own, at once afterwards. On a GPU there is no floor, and memory is not measured. Raises
+    `RequestError` for lengths that the artifact cannot hold.
     """
     for name in against:
         if name not in RIVALS:
             raise RequestError(f"--against is {name!r}; expected one of {', '.join(RIVALS)}")
     started = time.perf_counter()
-    engine = load(directory, threads=threads)
+    engine = load(directory, backend, provider=provider, threads=threads)
     load_seconds = time.perf_counter() - started
     if min(prompt_length, new_tokens - 1, rounds) < 1 or prompt_length + new_tokens > engine.graph.max_length:
         raise RequestError(
@@ -50,21 +52,26 @@ def measure(
     if not 1 <= batch <= engine.graph.max_batch:
         raise RequestError(f"--batch is {batch}; expected 1 to {engine.graph.max_batch}, the artifact's slots")
     prompt = np.random.default_rng(0).integers(0, engine.graph.vocabulary, prompt_length)
-    floor = linear_floor(engine.artifact, threads)
-    prefill_floor = linear_floor(engine.artifact, threads, tokens=prompt_length, steps=1)
+    on_cpu = isinstance(engine.session, OnnxSession)
+    floor = prefill_floor = None
+    if on_cpu:
+        floor = linear_floor(engine.artifact, threads)
+        prefill_floor = linear_floor(engine.artifact, threads, tokens=prompt_length, steps=1)
     _generate(engine, prompt, new_tokens)  # warms up, as the floors do themselves
     prefills, steps, floors, prefill_floors, batched = [], [], [], [], []
     for _ in range(rounds):
         prefill, decode = _generate(engine, prompt, new_tokens)
         prefills.append(prefill)
         steps.append(decode)
-        floors.append(floor())
-        prefill_floors.append(prefill_floor())
+        if floor is not None and prefill_floor is not None:
+            floors.append(floor())
+            prefill_floors.append(prefill_floor())
         if batch > 1:
             batched.append(_generate(engine, prompt, new_tokens, batch)[1])
     wholes = [prefill + step * (new_tokens - 1) for prefill, step in zip(prefills, steps, strict=True)]
     result: Result = {
         "artifact": str(directory),
+        "device": engine.session.device_name,
         "dtype": engine.graph.dtype,
         "quantization": engine.graph.quantization,
         "prompt_length": prompt_length,
@@ -75,18 +82,20 @@ def measure(
         "prefill_tokens_per_second": prompt_length / median(prefills),
         "decode_tokens_per_second": 1 / median(steps),
         "generate_tokens_per_second": new_tokens / median(wholes),
-        "floor_steps_per_second": 1 / median(floors),
-        "share_of_floor": median(floor / step for floor, step in zip(floors, steps, strict=True)),
-        "prefill_share_of_floor": median(f / p for f, p in zip(prefill_floors, prefills, strict=True)),
         "weights_bytes": sum(file.size for name, file in engine.artifact.files.items() if name.endswith(".data")),
     }
     if batch > 1:
         result["batch"] = batch
         result["batch_tokens_per_second"] = batch / median(batched)
         result["batch_over_one"] = median(batch * one / all_ for one, all_ in zip(steps, batched, strict=True))
+    if on_cpu:
+        result["floor_steps_per_second"] = 1 / median(floors)
+        result["share_of_floor"] = median(floor / step for floor, step in zip(floors, steps, strict=True))
+        result["prefill_share_of_floor"] = median(f / p for f, p in zip(prefill_floors, prefills, strict=True))
     del engine, floor, prefill_floor
-    result["peak_bytes"] = _peak_bytes(directory, prompt_length, threads)
-    result["peak_over_weights"] = result["peak_bytes"] / result["weights_bytes"]
+    if on_cpu:
+        result["peak_bytes"] = _peak_bytes(directory, prompt_length, threads)
+        result["peak_over_weights"] = result["peak_bytes"] / result["weights_bytes"]
     result["rivals"] = {}
     for name in against:
         rate = _rival(name, directory, prompt_length, new_tokens, rounds, threads)
@@ -114,15 +123,16 @@ def render(result: Result, as_json: bool) -> None:
     table.add_row("prefill", f"{result['prefill_tokens_per_second']:.0f} tokens/s")
     table.add_row("decode", f"{result['decode_tokens_per_second']:.1f} tokens/s")
     table.add_row("generate, whole", f"{result['generate_tokens_per_second']:.1f} tokens/s")
-    table.add_row("floor: linear layers alone", f"{result['floor_steps_per_second']:.1f} steps/s")
-    table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
-    table.add_row("prefill as a share of its floor", f"{result['prefill_share_of_floor']:.0%}")
     if "batch" in result:
         table.add_row(f"decode, batch {result['batch']}", f"{result['batch_tokens_per_second']:.1f} tokens/s")
         table.add_row("times batch 1", f"{result['batch_over_one']:.2f}")
     table.add_row("weights", f"{result['weights_bytes'] / 1e6:.0f} MB")
-    table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
-    table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
+    if "share_of_floor" in result:
+        table.add_row("floor: linear layers alone", f"{result['floor_steps_per_second']:.1f} steps/s")
+        table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
+        table.add_row("prefill as a share of its floor", f"{result['prefill_share_of_floor']:.0%}")
+        table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
+        table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
     for name, rival in result["rivals"].items():
         table.add_row(f"{name}, whole generate", f"{rival['generate_tokens_per_second']:.1f} tokens/s")
         table.add_row(f"times as fast as {name}", f"{rival['times_as_fast']:.2f}")
@@ -203,10 +213,10 @@ def _generate(engine: Engine, prompt: np.ndarray, new_tokens: int, batch: int = 
     engine.reset()
     started = time.perf_counter()
     engine.reserve(batch, len(prompt) + new_tokens)
-    ids = engine.prefill(np.tile(prompt, (batch, 1))).argmax(-1)
+    ids = engine.append(np.tile(prompt, (batch, 1)), likeliest=True)
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
-        ids = engine.decode(ids).argmax(-1)
+        ids = engine.append(ids[:, None], likeliest=True)
     return first - started, (time.perf_counter() - first) / (new_tokens - 1)
 
 
@@ -215,7 +225,7 @@ def _peak_bytes(directory: Path, prompt_length: int, threads: int | None) -> int
     # VmHWM, because a new process's ru_maxrss begins at its parent's size.
     code = (
         "import re, sys\nfrom runtime import load\n"
-        f"engine = load(sys.argv[1], threads={threads!r})\n"
+        f"engine = load(sys.argv[1], 'onnx', threads={threads!r})\n"
         f"engine.prefill([[0] * {prompt_length}])\nengine.decode([0])\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )

@@ -14,6 +14,8 @@ from .errors import RequestError
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
 PublicKey = Annotated[Path | None, typer.Option(help="Load only what the holder of this Ed25519 key (PEM) signed.")]
+Backend = Annotated[str, typer.Option(help="auto, onnx (ONNX Runtime), or tensorrt (the artifact's engine).")]
+Provider = Annotated[str, typer.Option(help="What ONNX Runtime computes on: auto, cpu, cuda or tensorrt.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: the physical cores.")]
 
 
@@ -36,6 +38,8 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    backend: Backend = "auto",
+    provider: Provider = "cpu",
     threads: Threads = None,
     public_key: PublicKey = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")] = False,
@@ -47,7 +51,9 @@ def generate(
         raise RequestError("expected --prompts and --out together, and --slots with them alone")
     if prompts is not None and stop:
         raise RequestError("--stop is for --prompt; with --prompts, cut the texts afterwards")
-    engine = load(directory, threads=threads, allow_unverified=allow_unverified, public_key=public_key)
+    engine = load(
+        directory, backend, provider=provider, threads=threads, allow_unverified=allow_unverified, public_key=public_key
+    )
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -71,18 +77,22 @@ def generate(
 @app.command()
 def bench(
     directory: Directory,
-    against: Annotated[list[str] | None, typer.Option(help="A rival to run beside it: transformers.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A rival to run beside it: transformers or torch-compile.")
+    ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
     batch: Annotated[int, typer.Option(help="Decode in this many slots too.")] = 1,
+    backend: Backend = "auto",
+    provider: Provider = "cpu",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure prefill, decode and memory, beside the floor of the model's linear layers and beside rivals."""
     from .bench import measure, render
 
-    result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads, batch)
+    result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads, batch, backend, provider)
     render(result, as_json)
 
 

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from .artifact import Artifact, read_artifact
 from .cuda import Device, gpu_count
 from .errors import ArtifactError, RequestError
+from .exclusive import Exclusive, exclusive
 from .gpu import GpuSession
+from .onnx_gpu import OnnxGpuSession, choose_provider
 from .sampling import Sampler
 from .session import OnnxSession
 from .tensorrt import TensorRTSession, choose_engine
@@ -28,6 +30,7 @@ def load(
     directory: str | PathLike[str],
     backend: str = "auto",
     *,
+    provider: str = "cpu",
     threads: int | None = None,
     allow_unverified: bool = False,
     public_key: str | PathLike[str] | bytes | None = None,
@@ -35,8 +38,9 @@ def load(
     """Load an artifact directory.
 
     `backend`: "onnx" (ONNX Runtime), "tensorrt", or "auto": TensorRT where the artifact has an engine for the release
-    that is installed and there is a GPU, else ONNX Runtime. `threads` to compute with (default: the physical cores).
-    With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
+    that is installed and there is a GPU, else ONNX Runtime. `provider`: what ONNX Runtime computes on, "cpu", "cuda",
+    "tensorrt", or "auto" for a GPU where there is all that it needs. `threads` to compute with (default: the physical
+    cores). With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
     `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that does not
     fit this machine, `RequestError` for a GPU that is not there, ValueError for an unknown backend.
     """
@@ -45,14 +49,17 @@ def load(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
     artifact = read_artifact(Path(directory), allow_unverified, public_key)
-    return Engine(artifact, _session(artifact, backend, threads))
+    return Engine(artifact, _session(artifact, backend, provider, threads))
 
 
-def _session(artifact: Artifact, backend: str, threads: int | None) -> Session:
+def _session(artifact: Artifact, backend: str, provider: str, threads: int | None) -> Session:
     if backend == "auto":
         backend = "tensorrt" if gpu_count() and _has_engine(artifact) else "onnx"
     if backend == "tensorrt":
         return TensorRTSession(artifact, choose_engine(artifact), Device())
+    provider = choose_provider(provider)
+    if provider != "cpu":
+        return OnnxGpuSession(artifact, provider, Device(), threads)
     return OnnxSession(artifact, threads)
 
 
@@ -67,13 +74,16 @@ def _has_engine(artifact: Artifact) -> bool:
 class Engine:
     """A model that is ready to run, with a slot for each sequence of a batch.
 
-    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's.
+    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's. One thread uses it
+    at a time: another one's call raises `RequestError` at once, as does a stream whose slot was used meanwhile, and
+    any use in a process forked since it was loaded.
     """
 
     def __init__(self, artifact: Artifact, session: Session):
         self.artifact, self.graph, self.session = artifact, session.graph, session
         self.tokenizer = load_tokenizer(artifact)
         self.end_ids = _end_ids(artifact)
+        self.in_use = Exclusive()
         self._lengths = np.zeros(0, np.int64)
 
     @property
@@ -81,10 +91,12 @@ class Engine:
         """Tokens in each slot, (B,), int64."""
         return self._lengths.copy()
 
+    @exclusive
     def reset(self) -> None:
         """Empty every slot."""
         self._lengths = np.zeros(0, np.int64)
 
+    @exclusive
     def reserve(self, batch: int, length: int) -> None:
         """Make `batch` empty slots in the smallest bucket for `length` tokens, so that they need not grow on the way.
 
@@ -97,6 +109,7 @@ class Engine:
             self.session.allocate(batch, capacity)
         self._lengths = np.zeros(batch, np.int64)
 
+    @exclusive
     def prefill(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> np.ndarray:
         """Append tokens to the slots: ids (B, S), right-padded, of which lengths (B,) are real (default: all).
 
@@ -104,9 +117,10 @@ class Engine:
         each slot's last real token, in a buffer that the next call may overwrite. Raises `RequestError` before
         anything runs where an id is outside the vocabulary or a slot would pass the artifact's length.
         """
-        return self._append(ids, lengths)
+        return self.append(ids, lengths)
 
-    def _append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
+    @exclusive
+    def append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
         """`prefill`, or the `likeliest` ids (B,) in place of the logits, -1 where those are not finite."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
@@ -142,6 +156,7 @@ class Engine:
             )
         return self.prefill(ids[:, None])
 
+    @exclusive
     def join(self, slot: int, ids: Sequence[int]) -> np.ndarray:
         """Begin a sequence in one slot, after `reserve`; the others are neither read nor written.
 
@@ -161,9 +176,21 @@ class Engine:
             self._lengths[slot] += len(chunk)
         return found
 
+    @exclusive
     def leave(self, slot: int) -> None:
         """End the slot's sequence: it is idle until another joins."""
+        self._lengths = self._lengths.copy()
         self._lengths[slot] = 0
+
+    @property
+    def held(self) -> object:
+        """What the slots hold now, to be given to `check_held` later."""
+        return self._lengths  # every change of a slot's length makes a new array
+
+    def check_held(self, held: object) -> None:
+        """Raise `RequestError` where a call has used the slots since they were `held`."""
+        if held is not self._lengths:
+            raise RequestError("another call used these slots meanwhile; finish one generation before the next begins")
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise `RequestError` unless `ids` may begin a sequence."""
@@ -195,14 +222,21 @@ class Engine:
         room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
         if room < 1:
             return
-        self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
-        new = seen
+        held, new = None, seen
         for _ in range(room):
-            # where the likeliest token will do, it is chosen where the logits are
-            found = self._append(np.array([new]), likeliest=sampler.greedy)
-            if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
-                raise RequestError(f"the logits after token {len(seen)} are not finite; the weights or dtype overflow")
-            token = int(found[0] if sampler.greedy else sampler(found, [seen])[0])
+            with self.in_use:  # until the token is chosen: the next step overwrites the logits
+                if held is None:
+                    self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
+                else:
+                    self.check_held(held)
+                # where the likeliest token will do, it is chosen where the logits are
+                found = self.append(np.array([new]), likeliest=sampler.greedy)
+                held = self.held
+                if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
+                    raise RequestError(
+                        f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
+                    )
+                token = int(found[0] if sampler.greedy else sampler(found, [seen])[0])
             if token in ends:
                 return
             seen.append(token)

@@ -25,6 +25,7 @@ class GpuSession:
 
     def __init__(self, artifact: Artifact, device: Device, max_batch: int, capacities: tuple[int, ...], chunk: int):
         self.artifact, self.device, self.chunk = artifact, device, chunk
+        self.device_name = device.name
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
         self.addresses: dict[str, int] = {}
@@ -109,10 +110,21 @@ class GpuSession:
         return likeliest_ids(found) if likeliest else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
-        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`."""
-        ids, lengths = np.zeros((self.batch, input_ids.size), np.int64), np.zeros(self.batch, np.int64)
-        ids[slot], lengths[slot] = input_ids, input_ids.size
-        return self.step(ids, cache_lengths, lengths)[slot]
+        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`.
+
+        Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
+        """
+        lengths = cache_lengths.copy()
+        others = np.delete(lengths, slot)
+        room = self.capacity - int(others[others < self.capacity].max(initial=0))
+        found = np.zeros((0, self.graph.vocabulary), np.float32)
+        for start in range(0, input_ids.size, room):
+            chunk = input_ids[start : start + room]
+            ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
+            ids[slot], new[slot] = chunk, chunk.size
+            found = self.step(ids, lengths, new)
+            lengths = lengths + new
+        return found[slot]
 
     has_next_ids = False
 

@@ -2,7 +2,7 @@
 
 A protobuf message is a list of numbered fields, so little has to be known to walk it. Everything known is in the tables
 below; whatever is not there is refused: a field that is new, or given twice, could mean something else to another
-reader. Subgraphs, functions and training steps are refused too, so no graph can loop.
+reader. Functions and training steps are refused too, and subgraphs but for the branches of an If, so no graph can loop.
 """
 
 from collections.abc import Iterator
@@ -52,6 +52,7 @@ ATTRIBUTE: dict[int, Field] = {
     3: ("i", VARINT, not MANY),
     4: ("s", BYTES, not MANY),
     5: ("t", BYTES, not MANY),
+    6: ("g", BYTES, not MANY),
     7: ("floats", FIXED32, MANY),
     8: ("ints", VARINT, MANY),
     9: ("strings", BYTES, MANY),
@@ -132,15 +133,8 @@ class OnnxFile:
 def read_onnx(data: bytes) -> OnnxFile:
     """What the model in `data` declares. Raises `OnnxFormatError`; never holds more than a small multiple of `data`."""
     graph = _message(data, _one(_message(data, (0, len(data)), MODEL, "model"), "graph", "model"), GRAPH, "graph")
-    operators: set[tuple[str, str]] = set()
+    operators = _operators(data, graph)
     externals: list[External] = []
-    for node in graph["node"]:
-        fields = _message(data, node, NODE, "node")
-        operators.add((_text(data, fields, "domain", "node"), _text(data, fields, "op_type", "node")))
-        for attribute in fields["attribute"]:
-            for span in _message(data, attribute, ATTRIBUTE, "attribute")["t"]:
-                if (external := _tensor(data, span)) is not None:
-                    raise OnnxFormatError(f"its constant {external.tensor!r} lies in another file")
     for span in graph["initializer"]:
         if (external := _tensor(data, span)) is not None:
             externals.append(external)
@@ -151,6 +145,35 @@ def read_onnx(data: bytes) -> OnnxFile:
 
 Span = tuple[int, int]
 Fields = dict[str, list]  # numbers, or spans of the bytes
+
+
+def _operators(data: bytes, graph: Fields, branch: bool = False) -> set[tuple[str, str]]:
+    """The operators of a graph and of its branches, which have none themselves and no tensors in other files."""
+    operators: set[tuple[str, str]] = set()
+    for node in graph["node"]:
+        fields = _message(data, node, NODE, "node")
+        operator = _text(data, fields, "domain", "node"), _text(data, fields, "op_type", "node")
+        operators.add(operator)
+        for attribute in fields["attribute"]:
+            given = _message(data, attribute, ATTRIBUTE, "attribute")
+            for span in given["t"]:
+                _within(data, span)
+            for span in given["g"]:
+                if branch or operator != ("", "If"):
+                    raise OnnxFormatError(
+                        f"its operator {operator[1]!r} has a subgraph; expected one in an If, no deeper"
+                    )
+                inner = _message(data, span, GRAPH, "branch")
+                for tensor in inner["initializer"]:
+                    _within(data, tensor)
+                operators |= _operators(data, inner, branch=True)
+    return operators
+
+
+def _within(data: bytes, span: Span) -> None:
+    """Raise `OnnxFormatError` unless this tensor's bytes are in the graph itself."""
+    if (external := _tensor(data, span)) is not None:
+        raise OnnxFormatError(f"its constant {external.tensor!r} lies in another file")
 
 
 def _message(data: bytes, span: Span, table: dict[int, Field], what: str) -> Fields:

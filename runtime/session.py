@@ -21,18 +21,21 @@ class OnnxSession:
     belong and copies nothing. `threads` defaults to ONNX Runtime's choice, the physical cores.
     """
 
+    device_name = "CPU"
+
     def __init__(self, artifact: Artifact, threads: int | None = None):
         self.artifact, self.graph = artifact, artifact.graph
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is in the exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
         path = artifact.path / self.graph.cpu_file
         try:
-            self.session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session: Any = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
-            first = str(error).splitlines()[0]
-            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first}") from error
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
         self.chunk = self.graph.max_length
         self.batch = self.capacity = 0
         self.caches: list[np.ndarray] = []
@@ -89,7 +92,10 @@ class OnnxSession:
         binding, inputs, logits = self._bindings[length, slot]
         for buffer, value in zip(inputs, values, strict=True):
             buffer[...] = value
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {_first_line(error)}") from error
         return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
 
     def _bind(self, length: int, slot: int | None) -> tuple[Any, list[np.ndarray], np.ndarray]:
@@ -131,6 +137,10 @@ def likeliest_ids(logits: np.ndarray) -> np.ndarray:
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
     bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -21,11 +21,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .configuration import DogeConfig
+from .configuration import EVERY_KEY, CheemsConfig, DogeConfig
 
 HEAD, CLASSIFIER = "lm_head.weight", "score.weight"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-EVERY_KEY = 2**31 - 1  # a keep window for models that have none
 
 EXPERT_TENSORS = r"\.mlp\.(down_embed|up_embed|router_gate|queries|keys)(\.weight)?$"
 
@@ -93,6 +92,18 @@ def _convert_2025_01(state: State, values: Values) -> None:
                 state[name] = torch.zeros_like(state[name])
 
 
+def _convert_cheems(state: State, values: Values) -> None:
+    """A itself was stored, where this project stores log(-A)."""
+    del values
+    for name in [name for name in state if name.endswith("ssd.A_log")]:
+        if not (state[name] < 0).all():
+            raise ValueError(
+                f"{name.removesuffix('_log')} reaches {state[name].max().item():g}; expected numbers below 0, "
+                "for with others the state grows without bound: train it with negative ones"
+            )
+        state[name] = (-state[name]).log()
+
+
 OLD_SPELLING = {
     "embed_tokens": "word_embed",
     "norm": "final_layernorm",
@@ -104,6 +115,16 @@ OLD_SPELLING = {
     "score": "classifier",
 }
 
+CHEEMS_SPELLING = {
+    **OLD_SPELLING,
+    "self_attn": "attn",
+    "A_log": "A",
+    "input_layernorm": "pre_sequence_layernorm",
+    "input_residual": "post_sequence_residual.weight",
+    "post_attention_layernorm": "pre_state_layernorm",
+    "post_attention_residual": "post_state_residual.weight",
+}
+
 # Where two generations have the same tensors (2025-01 and 2025-04, without experts) the config tells them apart.
 GENERATIONS = (
     Generation("wm-models", DogeConfig.model_type),
@@ -111,6 +132,8 @@ GENERATIONS = (
     Generation("2025-08", "doge", fields=_fields_2025_08),
     Generation("2025-04", "doge", spelling=OLD_SPELLING, fields=_fields_2025_04),
     Generation("2025-01", "doge", spelling=OLD_SPELLING, fields=_fields_2025_01, convert=_convert_2025_01),
+    Generation("wm-models", "cheems", CheemsConfig),
+    Generation("2025-01", "cheems", CheemsConfig, CHEEMS_SPELLING, _fields_2025_01, _convert_cheems),
 )
 FIELDS_OF_2025_01 = ("dynamic_mask_ratio", "is_causal", "num_cdmoe_experts", "rope_scaling")
 FIELDS_OF_2025_04 = ("keep_window_size", "num_experts", "num_experts_per_tok")
@@ -140,7 +163,10 @@ class Checkpoint:
                 stored.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         state = {name: stored[key] for name, key in self.names.items()}
         if self.generation.convert is not None:
-            self.generation.convert(state, self.values)
+            try:
+                self.generation.convert(state, self.values)
+            except ValueError as error:
+                raise CheckpointError(f"{self.directory}: {error}") from error
         for name in self.inherited:
             if name.endswith("up_embed.weight"):
                 state[name] = torch.zeros(self.config.num_experts, self.config.hidden_size)

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
+EVERY_KEY = 2**31 - 1  # a keep window for models that have none
 ROUTINGS = ("token", "batch", "product_keys")
 
 
@@ -140,12 +141,20 @@ class DogeConfig(transformers.DogeConfig):
 class CheemsConfig(DogeConfig):
     """Hyper-parameters of a Cheems model: those of Doge, and which of its layers are attention.
 
-    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, whose chunked form takes at most
-    `ssd_chunk_size` tokens a chunk. A period that leaves no attention or no SSD layer is allowed; the log says so.
+    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, in chunks of `ssd_chunk_size`
+    tokens. A period that leaves no attention or no SSD layer is allowed; the log says so.
+    Attention has a row of biases for each query head, no norms of queries and keys, and no keep window, unless told.
     """
 
     model_type = "cheems"
     base_model_tp_plan = None
+
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = 2
+    query_key_norm: bool = False
+    keep_window_size: int = EVERY_KEY
     attn_layer_period: int = 8
     attn_layer_offset: int = 7
     ssd_chunk_size: int = 64
@@ -159,6 +168,8 @@ class CheemsConfig(DogeConfig):
                 f"attn_layer_offset is {self.attn_layer_offset}; expected 0 to attn_layer_period - 1, "
                 f"{self.attn_layer_period - 1}"
             )
+        if self.num_bias_heads is None:
+            self.num_bias_heads = self.num_attention_heads
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window}; Cheems has none, so expected None")
         super().__post_init__(**kwargs)

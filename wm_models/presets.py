@@ -4,32 +4,36 @@ from typing import Any
 
 import torch
 
-from .configuration import DogeConfig
+from .cheems import CheemsForCausalLM
+from .configuration import CheemsConfig, DogeConfig
 from .doge import DogeForCausalLM
 
-# name: hidden size, intermediate size, layers, query heads, key/value heads, experts, experts a token.
+# size: hidden size, intermediate size, layers, query heads, key/value heads, experts, experts a token.
 # The gate router has one head, so experts a token are the product-key router's heads times experts a head.
 _SIZES = {
-    "doge-20m": (256, 512, 8, 2, 1, 0, 0),
-    "doge-60m": (512, 1024, 16, 4, 2, 0, 0),
-    "doge-160m": (768, 1536, 24, 6, 3, 0, 0),
-    "doge-320m": (1024, 2048, 32, 8, 4, 0, 0),
-    "doge-20m-moe": (256, 512, 8, 2, 1, 1024, 1 * 2),
-    "doge-120m-moe": (512, 1024, 16, 4, 2, 4096, 2 * 4),
-    "doge-480m-moe": (768, 1536, 24, 6, 3, 9216, 3 * 6),
-    "doge-1.4b-moe": (1024, 2048, 32, 8, 4, 16384, 4 * 8),
+    "20m": (256, 512, 8, 2, 1, 0, 0),
+    "60m": (512, 1024, 16, 4, 2, 0, 0),
+    "160m": (768, 1536, 24, 6, 3, 0, 0),
+    "320m": (1024, 2048, 32, 8, 4, 0, 0),
+    "20m-moe": (256, 512, 8, 2, 1, 1024, 1 * 2),
+    "120m-moe": (512, 1024, 16, 4, 2, 4096, 2 * 4),
+    "480m-moe": (768, 1536, 24, 6, 3, 9216, 3 * 6),
+    "1.4b-moe": (1024, 2048, 32, 8, 4, 16384, 4 * 8),
 }
 
-PRESETS = tuple(_SIZES)
+_CONFIGS = {"doge": DogeConfig, "cheems": CheemsConfig}
+
+PRESETS = tuple(f"{model}-{size}" for model in _CONFIGS for size in _SIZES)
 
 
 def preset(name: str) -> DogeConfig:
     """The preset's configuration. Raises ValueError for a name not in `PRESETS`."""
-    if name not in _SIZES:
+    if name not in PRESETS:
         raise ValueError(f"{name!r} is no preset; expected one of {', '.join(PRESETS)}")
-    hidden, inner, layers, heads, narrow, experts, per_token = _SIZES[name]
+    model, size = name.split("-", 1)
+    hidden, inner, layers, heads, narrow, experts, per_token = _SIZES[size]
     fields: dict[str, Any] = {"is_moe": True, "num_experts": experts, "num_experts_per_tok": per_token}
-    return DogeConfig(
+    return _CONFIGS[model](
         vocab_size=32768,
         hidden_size=hidden,
         intermediate_size=inner,
@@ -45,8 +49,10 @@ def preset(name: str) -> DogeConfig:
     )
 
 
-def create(name: str, seed: int = 0) -> DogeForCausalLM:
+def create(name: str, seed: int = 0) -> DogeForCausalLM | CheemsForCausalLM:
     """The preset's model with random weights from `seed`, in evaluation mode; torch's own generator is left alone."""
+    config = preset(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return DogeForCausalLM(preset(name)).eval()
+        model = CheemsForCausalLM(config) if isinstance(config, CheemsConfig) else DogeForCausalLM(config)
+    return model.eval()

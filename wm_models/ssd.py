@@ -71,7 +71,7 @@ class SSD(nn.Module):
 
     `d_state` is N. `b` and `c` exist once for each of `n_groups` groups, and head h reads those of group
     h % n_groups. Besides the recurrence there is a skip `D·x`, and every projection has a bias.
-    `chunk_len` is the most tokens a chunk takes. Raises ValueError for sizes that do not fit each other.
+    `chunk_len` is the tokens of a chunk. Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_state: int, n_groups: int, chunk_len: int):
@@ -122,10 +122,10 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over S tokens: y (B, H, S, P), and the state after them (B, H, N, P).
 
-    c and b (B, H, S, N); x (B, H, S, P); dt (B, H, S) and A (H), in `state_dtype`; `chunk`, the most tokens a chunk
-    takes; the state before them, None for zeros. Tokens that are not `real`, bool (B, 1, S), leave the state as it
-    was; before a `first` one, bool (B, 1, S), it is cleared. `by_length` chooses the form, with the arguments of
-    `scan_chunks`; by default it is the recurrence where S is known to be 1.
+    c and b (B, H, S, N); x (B, H, S, P); dt (B, H, S) and A (H), in `state_dtype`; `chunk`, the tokens of a chunk; the
+    state before them, None for zeros. Tokens that are not `real`, bool (B, 1, S), leave the state as it was; before a
+    `first` one, bool (B, 1, S), it is cleared. `by_length` chooses the form, with the arguments of `scan_chunks`; by
+    default it is the recurrence where S is known to be 1.
     """
     if real is not None:
         dt = torch.where(real, dt, 0.0)
@@ -155,15 +155,13 @@ def scan_chunks(
 
     As in `scan`, but x is already times dt; log_decay (B, H, S), at most 0. Returns y (B, H, S, P) and the new state.
     """
-    batch, heads, length, size = x.shape
+    length = x.shape[2]
     count = (length + chunk - 1) // chunk
-    each = (length + count - 1) // count  # chunks of one size: less than one token of padding in each
-    padding = count * each - length
+    padding = count * chunk - length
     if not statically_known_true(padding == 0):
         c, b, x = (F.pad(part, (0, 0, 0, padding)) for part in (c, b, x))
         log_decay = F.pad(log_decay, (0, padding))
-    c, b, x = (part.reshape(batch, heads, count, each, part.shape[3]) for part in (c, b, x))
-    log_decay = log_decay.reshape(batch, heads, count, each)
+    c, b, x, log_decay = (part.unflatten(2, (count, chunk)) for part in (c, b, x, log_decay))
 
     # Inside a chunk: what token j adds, decayed by the tokens after it up to i.
     decay = decays(log_decay)  # (B, H, n, Q, Q)
@@ -176,7 +174,7 @@ def scan_chunks(
     states = (between @ states).to(state.dtype).unflatten(3, state.shape[2:])
     # What each token reads of the state that entered its chunk.
     y = y + (summed.exp()[..., None] * (c @ states[:, :, :-1].to(c.dtype))).to(y.dtype)
-    return y.reshape(batch, heads, count * each, size).narrow(2, 0, length), states[:, :, -1]
+    return y.flatten(2, 3).narrow(2, 0, length), states[:, :, -1]
 
 
 def decays(log_decay: torch.Tensor) -> torch.Tensor:

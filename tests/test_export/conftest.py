@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
-from conftest import ours, rival
+from conftest import SMALL, ours, randomise, rival
 
 from export import export_onnx
 from export.artifact import describe, parameter_count, save_graph, write_manifest
 from export.graph import lower
 from export.onnx import DTYPES
 from runtime.artifact import Artifact, read_artifact
-from wm_models import shipped_tokenizer
+from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
+HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}
 VARIANTS = {
     "dense": ({}, {}),
     "biased, untied": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
@@ -27,13 +28,18 @@ VARIANTS = {
     "int4 experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5, "logit_scale": 0.25},
                      {"quantize": "int4", "max_length": 256}),
     "all logits": ({}, {"logits": "all", "max_batch": 2}),
+    "hybrid": (HYBRID, {}),
     "one slot": ({}, {"max_batch": 1, "max_length": 300}),
 }  # fmt: skip
 
 
 def save_checkpoint(directory: Path, tokenizer: bool = False, logit_scale: float = 1.0, **changes: object) -> Path:
     """A randomised checkpoint of per-token routing; four bits blur random logits unless they are small."""
-    model = ours(rival(**changes), expert_routing="token")
+    if "attn_layer_period" in changes:
+        model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **changes}))
+        randomise(model)
+    else:
+        model = ours(rival(**changes), expert_routing="token")
     model.model.norm.weight.data *= logit_scale
     model.save_pretrained(directory)
     if tokenizer:

@@ -11,7 +11,7 @@ import torch
 from export import ExportError, artifact, export_onnx, graph, verify
 from runtime import ArtifactError, load
 from test_export.conftest import VARIANTS, save_checkpoint
-from wm_models import DogeForCausalLM
+from wm_models import CheemsForCausalLM, DogeForCausalLM
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -54,6 +54,41 @@ def test_inputs_and_outputs_are_the_manifests(exported):
     assert [v.name for v in model.inputs] == [*graph.INPUTS, *(state["input"] for state in states)]
     assert [v.name for v in model.outputs] == ["logits", *(state["output"] for state in states)]
     assert states[0]["shape"] == ["batch", 2, "capacity", 16]
+
+
+def test_states_of_a_hybrid(exported):
+    """Only attention's states grow; the manifest says it."""
+    _, directory, _ = exported("hybrid")
+    states = {s["input"]: s for s in json.loads((directory / "manifest.json").read_text())["graph"]["states"]}
+    assert list(states) == ["layers.0.ssd", "layers.1.key", "layers.1.value", "layers.1.bias", "layers.2.ssd"]
+    assert states["layers.0.ssd"]["shape"] == ["batch", 4, 16, 16]
+    assert states["layers.1.key"]["shape"] == ["batch", 2, "capacity", 16]
+
+
+def test_ssd_is_a_recurrence_for_one_token_and_chunks_for_more(exported):
+    model = ir.load(exported("hybrid")[1] / "model.onnx")
+    branches = [node for node in model.graph if node.op_type == "If"]
+    assert len(branches) == 2
+    then, other = (list(branches[0].attributes[name].as_graph()) for name in ("then_branch", "else_branch"))
+    assert len(then) < 16
+    assert not {node.op_type for node in then} & {"CumSum", "Pad"}
+    assert not {node.op_type for node in other} & {"Loop", "Scan"}
+
+
+@torch.no_grad()
+def test_a_hybrid_runs_in_chunks_of_any_length(exported):
+    """Prompts and steps of the runtime over one engine: each length in the same graph, and slots that sit out."""
+    checkpoint, directory, _ = exported("hybrid")
+    model, engine = CheemsForCausalLM.from_pretrained(checkpoint), load(directory)
+    draw, rows = np.random.default_rng(0), [[], []]
+    for new in ([1, 15], [16, 1], [17, 0], [1, 1], [0, 100], [200, 2], [1, 1]):
+        ids = draw.integers(0, 211, (2, max(new)))
+        found = engine.prefill(ids, new).copy()
+        for slot, length in enumerate(new):
+            rows[slot].extend(ids[slot, :length].tolist())
+            if length:
+                expected = model(torch.tensor(rows[slot])[None]).logits[0, -1].numpy()
+                np.testing.assert_allclose(found[slot], expected, atol=2e-4)
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import ours, rival
+from conftest import SMALL, randomise
 
 from export import ExportError, build_tensorrt
 from export import tensorrt as lane
+from export.inspection import inspect_artifact
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
 from test_export.conftest import lowered, save_checkpoint
-from wm_models import create
+from wm_models import DogeConfig, DogeForCausalLM, create
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -27,13 +28,21 @@ FAMILIES = {
     "dense": {},
     "experts by gate": {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5},
     "selection": {"keep_window_size": 24},
-    "dynamic rope": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
-}
+    "2025-01": {
+        "rope_parameters": DYNAMIC, "max_position_embeddings": 16, "query_key_norm": False, "num_bias_heads": 4,
+        "dynamic_mask_ratio": 0.25, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 6,
+        "expert_routing": "product_keys", "num_expert_heads": 2, "expert_retrieval_size": 16,
+    },
+}  # fmt: skip
 DTYPES = ("fp32", "fp16", "bf16")
 
 
 def small(**changes):
-    return ours(rival(**{"num_hidden_layers": 2, **changes}), expert_routing="token")
+    """Two layers, every parameter with a value that shows."""
+    fields = {**SMALL, "num_hidden_layers": 2, **changes}
+    model = DogeForCausalLM(DogeConfig(**fields)).eval()
+    randomise(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +156,8 @@ def test_targets_and_bounds(made, tmp_path):
     assert (engine["capacity"], engine["max_batch"]) == (40, 2)
     assert [profile["batch"][2] for profile in engine["profiles"]] == [2, 2]
     assert engine["profiles"][1]["sequence"] == [2, 16, 16]
+    titles = [title for title, _, _ in inspect_artifact(tmp_path / "out").tables]
+    assert "model.tensorrt-rtx.engine: tensorrt-rtx 1." in "\n".join(titles)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
-from conftest import SMALL, randomise
-from transformers import DynamicCache, StaticCache
+from conftest import SMALL, golden, randomise
+from conftest import assert_close as reference_close
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
+from wm_models import CheckpointError, CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
 HYBRID = {**SMALL, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 8}
 ROUTED = {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}
@@ -199,6 +201,36 @@ def test_layers_of_one_kind_are_allowed_and_logged(change, kind, tokens, caplog)
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     for cache in ("dynamic", "static"):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation=cache), expected)
+
+
+@torch.no_grad()
+def test_saved_loaded_and_found_by_name(tmp_path, tokens):
+    model = small(torch.float32)
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), CheemsConfig)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, CheemsForCausalLM)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cheems-2025-01-dense", "cheems-2025-01-ragged", "cheems-2025-01-cdmoe"])
+def test_public_checkpoints(name, tmp_path):
+    reference = golden(name)
+    found = CheemsForCausalLM.from_pretrained(reference.save(tmp_path)).eval()(reference.inputs["input_ids"]).logits
+    reference_close(found, reference.outputs["logits"])
+
+
+def test_a_decay_that_grows_is_refused(tmp_path):
+    reference = golden("cheems-2025-01-dense")
+    directory = reference.save(tmp_path)
+    state = load_file(directory / "model.safetensors")
+    state["model.layers.2.ssd.A"][1] = 1.0
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.2\.ssd\.A reaches 1; expected numbers below 0") as caught:
+        CheemsForCausalLM.from_pretrained(directory)
+    assert str(directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()

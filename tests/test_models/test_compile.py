@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import SMALL, ours, randomise, rival
 from torch._dynamo.utils import counters
 from transformers import StaticCache
+
+from wm_models import CheemsConfig, CheemsForCausalLM
 
 ROUTED = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
 
@@ -17,9 +19,13 @@ def fresh_compiler():
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
-@pytest.fixture(params=[{}, ROUTED], ids=["dense", "experts"])
+@pytest.fixture(params=["dense", "experts", "hybrid"])
 def model(request):
-    return ours(rival(**request.param), expert_routing="token")
+    if request.param == "hybrid":
+        hybrid = CheemsForCausalLM(CheemsConfig(**SMALL, attn_layer_period=3, attn_layer_offset=1, ssd_chunk_size=16))
+        randomise(hybrid)
+        return hybrid.eval()
+    return ours(rival(**(ROUTED if request.param == "experts" else {})), expert_routing="token")
 
 
 def test_training_forward_and_backward(model, tokens):

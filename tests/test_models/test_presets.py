@@ -5,37 +5,44 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wm_models import PRESETS, DogeForCausalLM, create, preset, shipped_tokenizer
+from wm_models import PRESETS, CheemsForCausalLM, DogeForCausalLM, create, preset, shipped_tokenizer
 
 EMBEDDING = 32768
 # hidden, intermediate, layers, key/value width, key/value heads, experts: from the table of the models' description
 TABLE = {
-    "doge-20m": (256, 512, 8, 128, 1, 0),
-    "doge-60m": (512, 1024, 16, 256, 2, 0),
-    "doge-160m": (768, 1536, 24, 384, 3, 0),
-    "doge-320m": (1024, 2048, 32, 512, 4, 0),
-    "doge-20m-moe": (256, 512, 8, 128, 1, 1024),
-    "doge-120m-moe": (512, 1024, 16, 256, 2, 4096),
-    "doge-480m-moe": (768, 1536, 24, 384, 3, 9216),
-    "doge-1.4b-moe": (1024, 2048, 32, 512, 4, 16384),
+    "20m": (256, 512, 8, 128, 1, 0),
+    "60m": (512, 1024, 16, 256, 2, 0),
+    "160m": (768, 1536, 24, 384, 3, 0),
+    "320m": (1024, 2048, 32, 512, 4, 0),
+    "20m-moe": (256, 512, 8, 128, 1, 1024),
+    "120m-moe": (512, 1024, 16, 256, 2, 4096),
+    "480m-moe": (768, 1536, 24, 384, 3, 9216),
+    "1.4b-moe": (1024, 2048, 32, 512, 4, 16384),
 }
 
 
 def test_names():
-    assert set(PRESETS) == set(TABLE)
+    assert set(PRESETS) == {f"{model}-{size}" for model in ("doge", "cheems") for size in TABLE}
     with pytest.raises(ValueError, match="doge-20m"):
         preset("doge-21m")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters(name):
-    d, i, layers, kv, k, e = TABLE[name]
+    kind, size = name.split("-", 1)
+    d, i, layers, kv, k, e = TABLE[size]
+    heads = d // 128
     with torch.device("meta"):
-        model = DogeForCausalLM(preset(name))
-    attention = 2 * d * d + 2 * d * kv + kv * k + k + 2 * 128
+        model = (DogeForCausalLM if kind == "doge" else CheemsForCausalLM)(preset(name))
+    attention = 2 * d * d + 2 * d * kv
     experts = 2 * e * d + 2 * round(e**0.5) * d
-    assert sum(p.numel() for p in model.parameters()) == EMBEDDING * d + d + layers * (
-        attention + 3 * d * i + experts + 4 * d
+    if kind == "doge":
+        mixers = layers * (attention + kv * k + k + 2 * 128)
+    else:
+        mixers = layers // 8 * (attention + kv * heads + heads)
+        mixers += (layers - layers // 8) * (4 * d * d + d * heads + heads)
+    assert sum(p.numel() for p in model.parameters()) == EMBEDDING * d + d + mixers + layers * (
+        3 * d * i + experts + 4 * d
     )
 
 

@@ -111,6 +111,19 @@ def test_it_computes_what_onnx_runtime_does(made, machine):
         machine.load().prefill([[1]] * 4)
 
 
+def test_a_sequence_joins_beside_one_that_is_nearly_full(made, machine):
+    """What is written for padding must not reach the rows that the other slot holds."""
+    draw, first, second = np.random.default_rng(0), [], []
+    engines = machine.load(), load(made, backend="onnx")
+    prompts = draw.integers(0, 211, 40).tolist(), draw.integers(0, 211, 30).tolist()
+    for engine, found in zip(engines, (first, second), strict=True):
+        engine.reserve(3, CAPACITY)
+        for slot, ids in zip((0, 2), prompts, strict=True):
+            found.append(engine.join(slot, ids).copy())
+        found += list(engine.append([[5], [0], [6]], [1, 0, 1])[[0, 2]].copy())
+    np.testing.assert_allclose(first, second, **tolerance(engines[0]))
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}])
 def test_generation_is_the_same(made, machine, sampling):
     ids = machine.load().generate_ids([5, 6, 7], 30, **sampling)

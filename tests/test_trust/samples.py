@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import ours, rival
 
 from export import export_onnx
@@ -21,8 +22,13 @@ SIZES = {
 }
 
 
-def make_checkpoint(directory: Path, **changes: object) -> Path:
-    ours(rival(**{**SIZES, **changes}), expert_routing="token").save_pretrained(directory)
+def make_checkpoint(directory: Path, fresh: bool = False, **changes: object) -> Path:
+    """A randomised checkpoint, or a `fresh` one as training starts: A zeros, norms and residuals ones."""
+    model = ours(rival(**{**SIZES, **changes}), expert_routing="token")
+    if fresh:
+        torch.manual_seed(0)
+        model = type(model)(model.config)
+    model.save_pretrained(directory)
     return directory
 
 

@@ -1,0 +1,98 @@
+"""ONNX Runtime's GPU providers: who is chosen, what is said where they cannot run, and what is bound on the device."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from conftest import ours, rival
+from test_export.conftest import lowered
+
+from runtime import RequestError, cuda, load, onnx_gpu
+from runtime.session import OnnxSession
+from test_runtime.standin import Driver, OrtSession
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    model = ours(rival(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
+    return lowered(tmp_path_factory.mktemp("made") / "artifact", model, max_batch=3, max_length=400).path
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A driver that shows a GPU."""
+    driver = Driver()
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: driver)
+    return driver
+
+
+def test_only_who_leaves_it_open_gets_another(made):
+    if cuda.gpu_count():
+        pytest.skip("this machine has a GPU")
+    assert onnx_gpu.choose_provider("auto") == "cpu"
+    assert isinstance(load(made, "onnx", provider="auto").session, OnnxSession)
+    for provider in ("cuda", "tensorrt"):
+        with pytest.raises(
+            RequestError, match=rf"--provider {provider}: .*(NVIDIA driver|cuda-python).*--provider auto"
+        ):
+            load(made, "onnx", provider=provider)
+    with pytest.raises(RequestError, match="provider is 'gpu'; expected one of auto, cpu, cuda, tensorrt"):
+        load(made, provider="gpu")
+
+
+def test_what_is_missing_is_named(gpu, monkeypatch):
+    def absent(path):
+        raise OSError("libcublasLt.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(onnx_gpu.ctypes, "CDLL", absent)
+    with pytest.raises(RequestError, match=r"needs a library that is not installed: libcublasLt\.so\.13"):
+        onnx_gpu.choose_provider("cuda")
+    gpu.gpus = 0
+    with pytest.raises(RequestError, match="driver shows no GPU"):
+        onnx_gpu.choose_provider("cuda")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(RequestError, match="build without TensorrtExecutionProvider; install onnxruntime-gpu"):
+        onnx_gpu.choose_provider("tensorrt")
+
+
+@pytest.fixture(params=["cuda", "tensorrt"])
+def engine(request, made, gpu, monkeypatch):
+    monkeypatch.setattr(onnx_gpu, "missing", lambda provider: None)
+    monkeypatch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
+    engine = load(made, "onnx", provider=request.param)
+    monkeypatch.undo()
+    return engine
+
+
+def test_it_computes_on_the_device(made, engine):
+    """Ragged slots, idle ones, and caches that grow where the provider lets them."""
+    other, draw = load(made, "onnx"), np.random.default_rng(0)
+    for new in ([30, 3, 0], [1, 1, 1], [0, 1, 1], [230, 9, 2], [1, 1, 1]):
+        ids = draw.integers(0, 211, (3, max(new)))
+        found, expected = engine.prefill(ids, new).copy(), other.prefill(ids, new)
+        busy = np.array(new) > 0
+        np.testing.assert_allclose(found[busy], expected[busy], atol=1e-5)
+    assert engine.session.capacity == 400
+    assert engine.generate_ids([3, 4], 9) == other.generate_ids([3, 4], 9)
+    engine.session.release()
+    assert engine.session.device.driver.used == 0
+
+
+def test_a_provider_that_was_not_taken_is_an_error(made, gpu, monkeypatch):
+    monkeypatch.setattr(onnx_gpu, "missing", lambda provider: None)
+    monkeypatch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
+    monkeypatch.setattr(OrtSession, "get_providers", lambda session: ["CPUExecutionProvider"])
+    with pytest.raises(RequestError, match="--provider cuda: ONNX Runtime fell back to CPUExecutionProvider"):
+        load(made, "onnx", provider="cuda")
+
+
+def test_the_tensorrt_providers_profile(engine):
+    if engine.session.graph.capacities != (400,):
+        pytest.skip("of the TensorRT provider alone")
+    (name, options), *others = onnx_gpu.provider_options("tensorrt", engine.session.graph)
+    assert [name, *(other for other, _ in others)] == [
+        "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider",
+    ]  # fmt: skip
+    assert options["trt_profile_min_shapes"].startswith(
+        "input_ids:1x1,cache_lengths:1,sequence_lengths:1,layers.0.key:1x2x400x16"
+    )
+    assert options["trt_profile_max_shapes"].startswith("input_ids:3x400,cache_lengths:3")

@@ -1,0 +1,391 @@
+"""Feed damaged files to the loaders: each is loaded or refused with the loader's own error, and nothing else happens.
+
+    PYTHONPATH=tests python -m test_trust.fuzz TARGET [--runs N] [--seed S] [--coverage]
+
+TARGET is manifests, engines, graphs or checkpoints. Hypothesis changes a sound file's structure; with `--coverage`,
+atheris changes its bytes, led by which lines of the loader they reach. Stops at the first crash, at an error of another
+kind, a hang over 5 s, memory above 1 GB, or a file that was written.
+"""
+
+import argparse
+import copy
+import faulthandler
+import importlib
+import json
+import os
+import resource
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import onnx
+from google.protobuf.message import Message
+from hypothesis import strategies as st
+
+LONGEST, MOST_MEMORY = 5.0, 1 << 30  # seconds of work, bytes
+DEADLINE = 120.0  # seconds on the clock, of which a busy machine may take most
+BATCH = 1000
+
+# Values that loaders trip over: wrong types, edges of integers, names that lead elsewhere.
+ODD_TEXTS = ["", "..", "/etc/passwd", "../x", "a\0b", "\ud800", "float32", "batch", "model.onnx", "x" * 5000]
+ODD_NUMBERS = [0, -1, 1, 2, 255, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, 1 << 64, 10**400]
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(ODD_NUMBERS),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(ODD_TEXTS),
+    st.text(max_size=20),
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner))
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value."""
+    found: list[tuple[Any, Any]] = []
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        found.append((value, key))
+        found.extend(places(value[key]))
+    return found
+
+
+@st.composite
+def changed_json(draw: Any, sound: bytes) -> bytes:
+    """A JSON text with a few of its values replaced, dropped, moved or repeated; now and then cut or overwritten."""
+    value = json.loads(sound)
+    for _ in range(draw(st.integers(1, 3))):
+        if not (all_places := places(value)):
+            break
+        container, key = draw(st.sampled_from(all_places))
+        action = draw(st.sampled_from(["replace", "replace", "drop", "swap", "rename", "repeat"]))
+        if action == "drop":
+            del container[key]
+        elif action == "swap":
+            other, name = draw(st.sampled_from(all_places))
+            container[key] = copy.deepcopy(other[name])
+        elif action == "rename" and isinstance(container, dict):
+            container[draw(st.sampled_from(ODD_TEXTS) | st.text(max_size=8))] = container.pop(key)
+        elif action == "repeat" and isinstance(container, list):
+            container.extend([container[key]] * draw(st.sampled_from([1, 100, 20_000])))
+        else:
+            container[key] = draw(values)
+    text = json.dumps(value).encode("utf-8", "surrogatepass")
+    return draw(changed_bytes(text)) if draw(st.integers(0, 9)) == 0 else text
+
+
+@st.composite
+def changed_bytes(draw: Any, sound: bytes) -> bytes:
+    """Bytes with a piece overwritten, taken out, put in or doubled."""
+    data = bytearray(sound)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, max(0, len(data) - 1)))
+        end = min(len(data), start + draw(st.sampled_from([0, 1, 1, 2, 4, 8, 64, 1 << 20])))
+        piece = bytes(data[start:end])
+        data[start:end] = draw(st.one_of(st.binary(max_size=12), st.just(piece * 2), st.just(b"")))
+    return bytes(data)
+
+
+@st.composite
+def changed_graph(draw: Any, sound: bytes) -> bytes:
+    """An ONNX model with a few fields changed anywhere in its tree of messages, or its bytes damaged."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(changed_bytes(sound))
+    model = onnx.load_from_string(sound)
+    for _ in range(draw(st.integers(1, 3))):
+        message: Message = model
+        while True:
+            fields = message.ListFields()
+            inner = [value for field, value in fields if field.message_type and not _many(field)]
+            inner += [value for field, many in fields if field.message_type and _many(field) for value in many]
+            if not inner or (message is not model and draw(st.integers(0, 3)) == 0):
+                break
+            message = draw(st.sampled_from(inner))
+        field = draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
+        change = draw(st.sampled_from(["clear", "set", "set", "double"]))
+        try:
+            if change == "clear":
+                message.ClearField(field.name)
+            elif change == "double" and _many(field):
+                getattr(message, field.name).extend(list(getattr(message, field.name)))
+            elif _many(field):
+                if field.message_type:
+                    getattr(message, field.name).add()
+                else:
+                    getattr(message, field.name).append(draw(_scalar(field)))
+            elif not field.message_type:
+                setattr(message, field.name, draw(_scalar(field)))
+            else:
+                getattr(message, field.name).SetInParent()
+        except (TypeError, ValueError):
+            pass  # protobuf's own limits
+    return model.SerializeToString()
+
+
+def _many(field: Any) -> bool:
+    return field.is_repeated
+
+
+def _scalar(field: Any) -> st.SearchStrategy:
+    kinds = {
+        field.CPPTYPE_STRING: st.sampled_from([*ODD_TEXTS[:4], "layers.0.key", "Loop", "val_1"]) | st.text(max_size=8),
+        field.CPPTYPE_FLOAT: st.floats(width=32),
+        field.CPPTYPE_DOUBLE: st.floats(),
+    }
+    if field.type == field.TYPE_BYTES:
+        return st.binary(max_size=16)
+    return kinds.get(field.cpp_type, st.sampled_from([-(1 << 31), *ODD_NUMBERS[:6], 1 << 40, (1 << 63) - 1]))
+
+
+@st.composite
+def changed_weights(draw: Any, sound: bytes) -> bytes:
+    """A safetensors file with its header changed, its length field wrong, or its bytes damaged."""
+    (length,) = struct.unpack("<Q", sound[:8])
+    header, body = sound[8 : 8 + length], sound[8 + length :]
+    header = draw(changed_json(header) | changed_bytes(header))
+    length = draw(st.one_of(st.just(len(header)), st.sampled_from([n for n in ODD_NUMBERS if 0 <= n < 1 << 64])))
+    return struct.pack("<Q", length) + header + (body if draw(st.booleans()) else body[: len(body) // 2])
+
+
+class Target:
+    """One loader under attack: a directory that it loads, and the file in it that is damaged."""
+
+    def __init__(self, root: Path):
+        self.outcomes: Counter[str] = Counter()
+        self.directory = self.make(root)
+        self.path = self.directory / self.file
+        self.sound = self.path.read_bytes()
+        self.load()  # warms up whatever is imported or cached late
+        self.before = _memory()
+
+    file: str
+    expected: tuple[type[Exception], ...]
+    changed: Callable[[bytes], st.SearchStrategy]
+
+    def make(self, root: Path) -> Path:
+        raise NotImplementedError
+
+    def place(self, data: bytes) -> None:
+        self.path.write_bytes(data)
+
+    def load(self) -> None:
+        raise NotImplementedError
+
+    def check(self, data: bytes) -> None:
+        """Load the directory with `data` in place of the sound file. Raises where anything but the expected happens."""
+        self.place(data)
+        present = _listing(self.directory.parent)
+        faulthandler.dump_traceback_later(DEADLINE, exit=True)
+        started = time.process_time()
+        try:
+            self.load()
+            self.outcomes["loaded"] += 1
+        except self.expected as error:
+            message = str(error)
+            assert message, "an error without a message"
+            assert "\n" not in message, f"a message of several lines: {message!r}"
+            assert len(message) < 2000, f"a message of {len(message)} characters: {message[:200]!r}"
+            self.outcomes[type(error).__name__] += 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        assert time.process_time() - started < LONGEST, "it took more than 5 s"
+        assert _listing(self.directory.parent) == present, "files were written"
+        assert _memory() - self.before < MOST_MEMORY, "it took more than 1 GB"
+
+
+class Manifests(Target):
+    """Mutations of an artifact's manifest."""
+
+    file = "manifest.json"
+    changed = staticmethod(changed_json)
+
+    def make(self, root: Path) -> Path:
+        from runtime import ArtifactError
+        from test_trust.samples import make_artifact
+
+        self.expected = (ArtifactError,)
+        return make_artifact(root)
+
+    def load(self) -> None:
+        from runtime.artifact import read_artifact
+
+        read_artifact(self.directory)
+
+
+class Graphs(Manifests):
+    """Mutations of an artifact's graph, under a manifest that agrees with them; ONNX Runtime gets what passes."""
+
+    file = "model.onnx"
+    changed = staticmethod(changed_graph)
+
+    def place(self, data: bytes) -> None:
+        from test_trust.samples import rewrite
+
+        super().place(data)
+        rewrite(self.directory)
+
+    def load(self) -> None:
+        from runtime import load
+
+        load(self.directory, threads=1)
+
+
+ENGINE = {
+    "file": "model.tensorrt-rtx.engine",
+    "builder": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.9", "12.0"],
+    "capacity": 300,
+    "max_batch": 4,
+    "profiles": [
+        {"name": "decode", "batch": [1, 1, 4], "sequence": [1, 1, 1]},
+        {"name": "prefill", "batch": [1, 1, 4], "sequence": [2, 128, 300]},
+    ],
+    "aliased": ["layers.0.key.out", "layers.0.value.out", "layers.0.bias.out"],
+}
+
+
+@st.composite
+def changed_engine(draw: Any, sound: bytes) -> bytes:
+    """A manifest with its entry of an engine changed."""
+    manifest = json.loads(sound)
+    text = draw(changed_json(json.dumps(manifest["engines"]).encode()))
+    try:
+        manifest["engines"] = json.loads(text)
+    except ValueError:
+        return text
+    return json.dumps(manifest).encode("utf-8", "surrogatepass")
+
+
+class Engines(Manifests):
+    """Mutations of what the manifest says of an engine; up to where a GPU would be needed."""
+
+    changed = staticmethod(changed_engine)
+
+    def make(self, root: Path) -> Path:
+        from test_trust.samples import rewrite
+
+        directory = super().make(root)
+        (directory / ENGINE["file"]).write_bytes(b"no engine")
+        rewrite(directory, lambda manifest: manifest["files"].update({ENGINE["file"]: {}}))
+        rewrite(directory, lambda manifest: manifest.update(engines=[ENGINE]))
+        return directory
+
+    def load(self) -> None:
+        from runtime.artifact import read_artifact
+        from runtime.tensorrt import choose_engine, runs_on
+
+        artifact = read_artifact(self.directory)
+        for engine in artifact.engines:
+            runs_on(engine, "8.9")
+        if artifact.engines:
+            choose_engine(artifact)
+
+
+class Checkpoints(Target):
+    """Mutations of a checkpoint's weights file."""
+
+    file = "model.safetensors"
+    changed = staticmethod(changed_weights)
+
+    def make(self, root: Path) -> Path:
+        from test_trust.samples import make_checkpoint
+        from wm_models import CheckpointError
+
+        self.expected = (CheckpointError,)
+        return make_checkpoint(root / "checkpoint", num_hidden_layers=1)
+
+    def load(self) -> None:
+        from wm_models import DogeForCausalLM
+
+        DogeForCausalLM.from_pretrained(self.directory)
+
+
+TARGETS = {"manifests": Manifests, "engines": Engines, "graphs": Graphs, "checkpoints": Checkpoints}
+
+
+def run(target: Target, runs: int, seed: int) -> None:
+    """Hypothesis's mutations, in batches: it remembers all examples of one."""
+    for start in range(0, runs, BATCH):
+
+        @hypothesis.seed(seed + start)
+        @hypothesis.settings(
+            max_examples=min(BATCH, runs - start), database=None, deadline=None, phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        @hypothesis.given(target.changed(target.sound))
+        def attack(data: bytes) -> None:
+            target.check(data)
+
+        attack()
+
+
+def run_with_coverage(target: Target, runs: int, seed: int) -> None:
+    """atheris's mutations; leaves the process when it is done."""
+    import atheris
+
+    with tempfile.TemporaryDirectory() as corpus:
+        Path(corpus, "sound").write_bytes(target.sound)
+        options = [f"-runs={runs}", f"-seed={seed}", "-max_len=100000", "-rss_limit_mb=0", "-verbosity=0", corpus]
+
+        def attack(data: bytes) -> None:
+            target.check(data)
+            if target.outcomes.total() == runs:
+                report(target)
+
+        atheris.Setup([sys.argv[0], *options], attack)
+        atheris.Fuzz()
+
+
+def report(target: Target) -> None:
+    outcomes = ", ".join(f"{count} {name}" for name, count in target.outcomes.most_common())
+    grown = (_memory() - target.before) / 1e6
+    print(f"{type(target).__name__}: {target.outcomes.total()} files: {outcomes}; peak memory grew by {grown:.0f} MB")
+
+
+def _listing(directory: Path) -> list[tuple[str, int, int]]:
+    """What is in a directory, with sizes and times of change."""
+    found = []
+    for root, _, names in os.walk(directory):
+        for name in names:
+            status = os.lstat(os.path.join(root, name))
+            found.append((os.path.join(root, name), status.st_size, status.st_mtime_ns))
+    return sorted(found)
+
+
+def _memory() -> int:
+    """The most bytes that were resident at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Feed damaged files to the loaders.")
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coverage", action="store_true", help="lead the mutations by coverage, with atheris")
+    options = parser.parse_args()
+    if options.coverage:
+        import atheris
+
+        with atheris.instrument_imports(include=["runtime", "wm_models.checkpoint"]):
+            importlib.import_module("runtime")
+            importlib.import_module("wm_models")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as root:
+        target = TARGETS[options.target](Path(root))
+        if options.coverage:
+            run_with_coverage(target, options.runs, options.seed)
+        run(target, options.runs, options.seed)
+        report(target)
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
