@@ -20,6 +20,8 @@ from export.inspection import inspect_artifact
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
 from test_export.conftest import lowered, save_checkpoint
 from wm_models import DogeConfig, DogeForCausalLM, create
+from wm_models.cheems import CheemsForCausalLM
+from wm_models.configuration import CheemsConfig
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -128,6 +130,19 @@ def test_next_ids_say_when_logits_are_broken(made, tmp_path):
     ids = session.run([NEXT_IDS], feed)[0]
     assert ids[0, 0] == -1
     assert ids[1, 0] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cheems(tmp_path, dtype):
+    """Its attention's caches are in place; an SSD state is written elsewhere, and the session copies it back."""
+    fields = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
+    model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **fields})).eval()
+    randomise(model)
+    artifact = lowered(tmp_path / "cheems", model, dtype)
+    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    assert engine["aliased"] == [f"layers.1.{name}.out" for name in ("key", "value", "bias")]
+    assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, dtype != "fp32"]]
 
 
 @pytest.mark.slow
