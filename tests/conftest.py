@@ -1,6 +1,7 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,3 +106,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within 1e-5 of the larger of one and the largest value."""
     limit = 1e-5 * max(1.0, expected.abs().max().item())
     assert (found - expected).abs().max().item() <= limit
+
+
+def heed_interrupts() -> None:
+    """For a child process: take Ctrl-C as in a terminal, even where the tests themselves run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

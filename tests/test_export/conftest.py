@@ -29,6 +29,8 @@ VARIANTS = {
                      {"quantize": "int4", "max_length": 256}),
     "all logits": ({}, {"logits": "all", "max_batch": 2}),
     "hybrid": (HYBRID, {}),
+    "hybrid experts": ({**HYBRID, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
+    "hybrid bf16": (HYBRID, {"dtype": "bf16"}),
     "one slot": ({}, {"max_batch": 1, "max_length": 300}),
 }  # fmt: skip
 

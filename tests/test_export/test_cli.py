@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from conftest import heed_interrupts
 
 from test_export.conftest import save_checkpoint
 
@@ -106,7 +107,9 @@ def test_debug_shows_the_traceback():
 def test_ctrl_c_leaves_nothing(tmp_path):
     code = "from export.cli import main; main()"
     arguments = [sys.executable, "-c", code, "onnx", "doge-60m", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_interrupts
+    )
     for _ in range(600):  # until the unfinished directory is there
         if list(tmp_path.iterdir()):
             break

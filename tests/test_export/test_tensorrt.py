@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import SMALL, randomise
+from conftest import SMALL, heed_interrupts, randomise
 
 from export import ExportError, build_tensorrt
-from export import tensorrt as lane
+from export import tensorrt as engines
 from export.inspection import inspect_artifact
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
 from test_export.conftest import lowered, save_checkpoint
@@ -93,7 +93,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
     capacity = 48
     model = ir.load(artifact.path / artifact.graph.file)
     caches = {state.input for state in artifact.graph.states}
-    lane.specialise(model, capacity, caches)
+    engines.specialise(model, capacity, caches)
     rewritten = artifact.path / "rewritten.onnx"
     rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     sessions = [onnxruntime.InferenceSession(path) for path in (artifact.path / artifact.graph.file, rewritten)]
@@ -119,7 +119,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
 def test_next_ids_say_when_logits_are_broken(made, tmp_path):
     artifact = made("dense", "fp32")
     model = ir.load(artifact.path / artifact.graph.file)
-    lane.specialise(model, 16, {state.input for state in artifact.graph.states})
+    engines.specialise(model, 16, {state.input for state in artifact.graph.states})
     path = artifact.path / "rewritten.onnx"
     path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     session = onnxruntime.InferenceSession(path)
@@ -193,28 +193,28 @@ def test_option_errors(made, tmp_path, options, words):
 
 
 def test_tensorrt_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(lane, "installed", lambda builder: False)
+    monkeypatch.setattr(engines, "installed", lambda builder: False)
     with pytest.raises(ExportError, match=r"tensorrt-rtx is not installed.*pip install 'wm-models\[tensorrt-rtx\]'"):
-        lane.choose_builder("auto")
-    monkeypatch.setattr(lane, "installed", lambda builder: True)
-    monkeypatch.setattr(lane, "gpu_count", lambda: 0)
-    assert lane.choose_builder("auto") == "tensorrt-rtx"
+        engines.choose_builder("auto")
+    monkeypatch.setattr(engines, "installed", lambda builder: True)
+    monkeypatch.setattr(engines, "gpu_count", lambda: 0)
+    assert engines.choose_builder("auto") == "tensorrt-rtx"
     with pytest.raises(ExportError, match="tensorrt needs a GPU"):
-        lane.choose_builder("tensorrt")
-    monkeypatch.setattr(lane, "gpu_count", lambda: 1)
-    assert lane.choose_builder("auto") == "tensorrt"
+        engines.choose_builder("tensorrt")
+    monkeypatch.setattr(engines, "gpu_count", lambda: 1)
+    assert engines.choose_builder("auto") == "tensorrt"
 
 
 def test_a_refused_node_is_named(made, tmp_path, monkeypatch):
     """With the module that it comes from and the builder's words; nothing is left."""
-    specialise = lane.specialise
+    specialise = engines.specialise
 
     def spoil(model, *args):
         specialise(model, *args)
         node = next(node for node in model.graph if node.op_type == "Softplus")
         node.op_type = "StringSplit"
 
-    monkeypatch.setattr(lane, "specialise", spoil)
+    monkeypatch.setattr(engines, "specialise", spoil)
     with pytest.raises(ExportError, match=r"refuses.*node_softplus of model\.layers\.0\.self_attn.*StringSplit"):
         build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_a_refused_node_is_named(made, tmp_path, monkeypatch):
 
 def test_a_lost_layer_is_found(made, tmp_path, monkeypatch):
     """An operator that became several layers, or none, may still be right, but nobody would know what it costs."""
-    specialise = lane.specialise
+    specialise = engines.specialise
 
     def spoil(model, *args):
         specialise(model, *args)
@@ -230,7 +230,7 @@ def test_a_lost_layer_is_found(made, tmp_path, monkeypatch):
         node.outputs[0].replace_all_uses_with(node.inputs[0])
         model.graph.remove(node)
 
-    monkeypatch.setattr(lane, "specialise", spoil)
+    monkeypatch.setattr(engines, "specialise", spoil)
     with pytest.raises(ExportError, match=r"\d+ layers of \d+ RotaryEmbedding nodes.*of model\.layers\.0\.self_attn"):
         build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
@@ -238,7 +238,7 @@ def test_a_lost_layer_is_found(made, tmp_path, monkeypatch):
 
 def test_a_compiler_that_crashes_is_an_error(made, tmp_path, monkeypatch):
     """The builder has a process of its own."""
-    monkeypatch.setattr(lane.subprocess, "Popen", dies(lane.subprocess.Popen))
+    monkeypatch.setattr(engines.subprocess, "Popen", dies(engines.subprocess.Popen))
     with pytest.raises(ExportError, match=r"tensorrt-rtx died while building \(exit code -11\)"):
         build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
@@ -260,7 +260,11 @@ def test_ctrl_c_leaves_nothing(made, tmp_path):
         "tensorrt-rtx",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     for _ in range(600):  # until the builder is at work
         if list(tmp_path.glob(".out*/*.log")):

@@ -82,6 +82,7 @@ def test_killed_and_resumed(finished, corpus, tmp_path, step):
     """A run that dies in the middle of a step, before or after its first checkpoint, ends with the same curve."""
     code = f"""
 import os, signal, sys
+from pathlib import Path
 from wm_models.training import Recipe, train
 from wm_models.training.trainer import RowTrainer
 inner = RowTrainer.compute_loss
