@@ -172,7 +172,7 @@ def move_constant(model):
         (lambda m: add_tensor(m, data_type=8, dims=[1], string_data=[b"x"]), "field 6"),
         (lambda m: add_tensor(m, data_type=99, dims=[1]), "element type 99"),
         (move_constant, "lies in another file"),
-        (nested, "field 6"),
+        (nested, "has a subgraph"),
         (lambda m: m.functions.add(name="f"), "field 25"),
         (lambda m: m.training_info.add(), "field 20"),
         (lambda m: m.graph.sparse_initializer.add(), "field 15"),
