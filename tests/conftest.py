@@ -1,7 +1,6 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,8 +105,3 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within 1e-5 of the larger of one and the largest value."""
     limit = 1e-5 * max(1.0, expected.abs().max().item())
     assert (found - expected).abs().max().item() <= limit
-
-
-def heed_interrupts() -> None:
-    """For a child process: take Ctrl-C as in a terminal, even where the tests themselves run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,5 +1,10 @@
 """Checkpoints and artifacts that many tests share: each export is made once."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,3 +80,25 @@ def exported(tmp_path_factory):
         return made[name]
 
     return export
+
+
+def interrupted(arguments: list[str], root: Path, begun: str) -> tuple[int, bytes]:
+    """wm-export, sent Ctrl-C once something in `root` matches `begun`: its exit code, and what it said on stderr.
+
+    It heeds the signal even where the tests themselves run in the background, and so ignore it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from export.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    for _ in range(1200):
+        if list(root.glob(begun)):
+            break
+        time.sleep(0.05)
+    assert list(root.iterdir())
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors

@@ -1,16 +1,12 @@
 """The commands as a person types them: what they print, and how they end."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import heed_interrupts
 
-from test_export.conftest import save_checkpoint
+from test_export.conftest import interrupted, save_checkpoint
 
 
 def command(module, *arguments, **options):
@@ -105,17 +101,6 @@ def test_debug_shows_the_traceback():
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    code = "from export.cli import main; main()"
-    arguments = [sys.executable, "-c", code, "onnx", "doge-60m", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed_interrupts
-    )
-    for _ in range(600):  # until the unfinished directory is there
-        if list(tmp_path.iterdir()):
-            break
-        time.sleep(0.1)
-    assert list(tmp_path.iterdir())
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    code, errors = interrupted(["onnx", "doge-60m", "--out", str(tmp_path / "out")], tmp_path, "*")
+    assert code == 130, errors
     assert not list(tmp_path.iterdir())

@@ -1,24 +1,21 @@
 """Engines built for real, by TensorRT-RTX on a machine without a GPU; what refuses, and what is left behind."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import SMALL, heed_interrupts, randomise
+from conftest import SMALL, randomise
 
 from export import ExportError, build_tensorrt
 from export import tensorrt as engines
 from export.inspection import inspect_artifact
 from runtime.artifact import INPUTS, NEXT_IDS, ArtifactError, read_artifact
-from test_export.conftest import lowered, save_checkpoint
+from test_export.conftest import interrupted, lowered, save_checkpoint
 from wm_models import DogeConfig, DogeForCausalLM, create
 from wm_models.cheems import CheemsForCausalLM
 from wm_models.configuration import CheemsConfig
@@ -250,7 +247,6 @@ def dies(popen):
 
 
 def test_ctrl_c_leaves_nothing(made, tmp_path):
-    code = "from export.cli import main; main()"
     arguments = [
         "tensorrt",
         str(made("dense", "fp16").path),
@@ -259,21 +255,8 @@ def test_ctrl_c_leaves_nothing(made, tmp_path):
         "--builder",
         "tensorrt-rtx",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=heed_interrupts,
-    )
-    for _ in range(600):  # until the builder is at work
-        if list(tmp_path.glob(".out*/*.log")):
-            break
-        time.sleep(0.05)
-    assert list(tmp_path.iterdir())
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    code, errors = interrupted(arguments, tmp_path, ".out*/*.log")  # once the builder is at work
+    assert code == 130, errors
     assert not list(tmp_path.iterdir())
 
 
