@@ -18,7 +18,8 @@ def test_changed_structures(name, tmp_path):
     target = fuzz.TARGETS[name](tmp_path)
     fuzz.run(target, RUNS[name], seed=0)
     assert target.outcomes.total() >= RUNS[name]
-    assert target.outcomes["loaded"] < target.outcomes.total() / 2
+    # About half of the changes to a graph mean nothing to it: doc strings, names, fields that keep their defaults.
+    assert target.outcomes["loaded"] < target.outcomes.total() * 2 / 3
 
 
 @pytest.mark.skipif(
