@@ -18,15 +18,18 @@ from test_trust.samples import make_artifact
 
 @dataclass
 class Soak:
-    """What a run came to: steps taken, sequences whose tokens differ from their solo run, bytes, seconds."""
+    """What a run came to: steps taken, sequences whose tokens differ from their solo run, bytes.
+
+    `clock` and `cpu` are the seconds of every step: as they pass, which other processes lengthen, and of this thread.
+    """
 
     steps: int
     sequences: int
     differing: int
     resident_after_warm_up: int
     resident_at_end: int
-    median: float
-    p99: float
+    clock: np.ndarray
+    cpu: np.ndarray
 
     @property
     def growth(self) -> float:
@@ -46,7 +49,7 @@ def soak(artifact: Path, steps: int, sequences: int, slots: int = 4, seed: int =
     engine.reserve(slots, longest)
     waiting, running = list(range(sequences)), {}
     said: list[list[int]] = [[] for _ in plan]
-    times, taken, warm = [], 0, 0
+    clock, cpu, warm = [], [], 0
     while waiting or running:
         for slot in range(slots):
             if slot not in running and waiting:
@@ -55,10 +58,10 @@ def soak(artifact: Path, steps: int, sequences: int, slots: int = 4, seed: int =
         ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
         for slot, index in running.items():
             ids[slot], active[slot] = said[index][-1], 1
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.thread_time()
         logits = engine.prefill(ids, active)
-        times.append(time.perf_counter() - started)
-        taken += 1
+        cpu.append(time.thread_time() - worked)
+        clock.append(time.perf_counter() - started)
         for slot, index in list(running.items()):
             said[index].append(int(logits[slot].argmax()))
             if len(said[index]) >= plan[index][1]:
@@ -71,7 +74,7 @@ def soak(artifact: Path, steps: int, sequences: int, slots: int = 4, seed: int =
     differing = sum(
         engine.generate_ids(prompt, len(said[index])) != said[index] for index, (prompt, _) in enumerate(plan)
     )
-    return Soak(taken, sequences, differing, warm, held, float(np.median(times)), float(np.quantile(times, 0.99)))
+    return Soak(len(cpu), sequences, differing, warm, held, np.array(clock), np.array(cpu))
 
 
 def resident() -> int:
@@ -92,8 +95,13 @@ def main() -> None:
     print(
         f"{found.steps} steps, {found.sequences} sequences, {found.differing} differ from their solo run; resident "
         f"{found.resident_after_warm_up / 1e6:.1f} MB after a tenth, {found.growth:+.2%} at the end; "
-        f"step {found.median * 1e3:.2f} ms median, {found.p99 * 1e3:.2f} ms p99 ({found.p99 / found.median:.1f} times)"
+        f"a step: {percentiles(found.clock)} on the clock, {percentiles(found.cpu)} of CPU time"
     )
+
+
+def percentiles(seconds: np.ndarray) -> str:
+    median, p99 = np.median(seconds), np.quantile(seconds, 0.99)
+    return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99 ({p99 / median:.1f} times)"
 
 
 if __name__ == "__main__":
