@@ -368,9 +368,9 @@ def _compare(
     """How many tensors are missing, unexpected or wrongly shaped, and which, all of them."""
     needless = {HEAD} if HEAD not in expected else set()  # a bare model or a classifier has no use for it
     missing = sorted(names[name] for name in expected.keys() - optional if names[name] not in stored)
-    unexpected = sorted(stored.keys() - set(names.values()) - needless)
+    unexpected = sorted(_shown(name) for name in stored.keys() - set(names.values()) - needless)
     wrong = [
-        f"{names[name]} is {list(stored[names[name]])}, expected {list(expected[name])}"
+        f"{names[name]} is {_SHORT.repr(list(stored[names[name]]))}, expected {list(expected[name])}"
         for name in sorted(expected)
         if names[name] in stored and stored[names[name]] != expected[name]
     ]
@@ -401,6 +401,11 @@ def _read_json(directory: Path, name: str) -> Values:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _shown(name: str) -> str:
+    """A stored tensor's name, as it is where it is one that a model could have."""
+    return name if len(name) <= 200 and name.isprintable() else _SHORT.repr(name)
 
 
 _SHORT = Repr()

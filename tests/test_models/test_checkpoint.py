@@ -158,6 +158,20 @@ def test_all_wrong_tensors_are_named(copy):
     )
 
 
+def test_odd_names_and_shapes_are_told_in_one_short_line(copy):
+    def change(state):
+        state["x" * 10_000], state["two\nlines"] = torch.zeros(1), torch.zeros(1)
+        state["model.norm.weight"] = torch.zeros([1] * 60)
+
+    change_tensors(copy, change)
+    with pytest.raises(CheckpointError) as caught:
+        DogeForCausalLM.from_pretrained(copy)
+    message = str(caught.value)
+    assert len(message) < 1000
+    assert "\n" not in message
+    assert r"'two\nlines'" in message
+
+
 def test_truncated_file(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
