@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .configuration import DogeConfig
@@ -171,8 +172,13 @@ def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.
     key is kept.
     """
     ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
-    count: int = torch.sym_min(keep, bias.shape[-1])  # type: ignore[assignment]
-    last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    length = bias.shape[-1]
+    if statically_known_true(length <= 2 * keep):  # where few are left out, those are fewer to look for
+        count: int = torch.sym_max(length - keep, 0) + 1  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    else:
+        count = torch.sym_min(keep, length)  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     larger, tied = ranked > last, ranked == last
     # of a tied key: how many keys are larger, or equal and later
     ahead = (larger | tied).sum(-1, keepdim=True, dtype=torch.int32) - tied.cumsum(-1, dtype=torch.int32)

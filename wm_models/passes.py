@@ -143,8 +143,13 @@ def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
 class StepPass:
     """A chunk of new tokens for each slot of static caches, which are written in place.
 
-    Tokens are placed at each slot's own `cache_lengths`. Key j is visible to new token s when
+    Tokens are placed at each slot's own `cache_lengths`. Row j is visible to new token s when
     j <= cache_lengths + s: rows beyond a slot's length are never seen, so padded tokens may leave anything there.
+
+    A key that is not among the w with the largest biases is not among them later either. So whoever owns the caches may
+    take such rows out and move the others together, in their order; `dropped_lengths` then says how many positions
+    went before the first row. With a sliding window or a dropped share of keys, which rows go on mattering is another
+    question, and none may be taken out.
     """
 
     def __init__(
@@ -155,24 +160,29 @@ class StepPass:
         cache_lengths: torch.Tensor,
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
+        dropped_lengths: torch.Tensor | None = None,
     ):
         self.caches, self.keep, self.ratio = caches, config.keep_window_size, config.dynamic_mask_ratio
         self.lengths = cache_lengths + sequence_lengths
         self.written: list[LayerCache] = []
         self.hidden: torch.Tensor | None = None
         steps = torch.arange(length, device=cache_lengths.device)
-        self.positions = cache_lengths[:, None] + steps  # (B, S)
-        self.rotation = rotary(self.positions, self.lengths)
+        places = positions = cache_lengths[:, None] + steps  # (B, S): rows of the caches, and positions in the sequence
+        if dropped_lengths is not None:
+            positions = places + dropped_lengths[:, None]
+            self.rotation = rotary(positions, self.lengths + dropped_lengths)
+        else:
+            self.rotation = rotary(positions, self.lengths)
         self.real = (steps < sequence_lengths[:, None])[:, None]  # (B, 1, S)
-        self.first = (self.positions == 0)[:, None] & self.real
+        self.first = (positions == 0)[:, None] & self.real
         # without an attention layer there is no capacity, and nothing of what follows is read
         capacity = next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), length)
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
         self.start = cache_lengths.clamp(max=capacity - length)
         rows = torch.arange(capacity, device=cache_lengths.device)
-        self.visible = rows <= self.positions[:, None, :, None]  # (B, 1, S, C)
+        self.visible = rows <= places[:, None, :, None]  # (B, 1, S, C)
         if config.sliding_window is not None:
-            self.visible = self.visible & (rows > self.positions[:, None, :, None] - config.sliding_window)
+            self.visible = self.visible & (rows > places[:, None, :, None] - config.sliding_window)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
