@@ -91,14 +91,16 @@ class GpuSession:
     @contextmanager
     def _part(self, slot: int, state: State) -> Iterator[np.ndarray]:
         """A slot's part of a cache in host memory; put back when the block ends."""
-        shape = state.sized(1, self.graph.rows(self.capacity))[1:]
-        part = np.empty(shape, STORAGE[state.dtype])
+        part = self.device.host_array(state.sized(1, self.graph.rows(self.capacity))[1:], STORAGE[state.dtype])
         address = self.addresses[state.input] + slot * part.nbytes
-        self.device.download(part, address)
-        self.device.synchronize()
-        yield part
-        self.device.upload(address, part)
-        self.device.synchronize()  # before the array goes
+        try:
+            self.device.download(part, address)
+            self.device.synchronize()
+            yield part
+            self.device.upload(address, part)
+            self.device.synchronize()  # before the array goes
+        finally:
+            self.device.free_host(part)
 
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
