@@ -56,10 +56,7 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         yield new
         for path in (*new.iterdir(), new):
             _sync(path)
-        if out.exists() and any(out.iterdir()):
-            _exchange(new, out)
-        else:
-            os.rename(new, out)
+        _place(new, out, force)
         _sync(out.parent)
     except OSError as error:
         if error.filename is None:  # as the libraries that write weights raise it
@@ -84,9 +81,7 @@ def _locked(out: Path) -> tuple[Path, int]:
 
 def _sweep(out: Path) -> None:
     """Remove what exports to `out` left that were killed: unfinished directories that nobody holds locked."""
-    name = glob.escape(out.name)
-    nested = f"..{name}.*{PARTIAL}.*{PARTIAL}"  # of an export into an unfinished directory
-    for path in [*out.parent.glob(f".{name}.*{PARTIAL}"), *out.parent.glob(nested)]:
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
         try:
             lock = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -98,6 +93,17 @@ def _sweep(out: Path) -> None:
             pass  # another process is writing it
         finally:
             os.close(lock)
+
+
+def _place(new: Path, out: Path, force: bool) -> None:
+    """Give `new` the name `out`. Raises `ExportError` where another export has filled that and `force` is not set."""
+    try:
+        os.rename(new, out)  # to a free name, or an empty directory's
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        check_free(out, force)
+        _exchange(new, out)
 
 
 def _exchange(new: Path, out: Path) -> None:

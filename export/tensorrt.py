@@ -71,12 +71,16 @@ def build_tensorrt(
         if (Path(source) / MANIFEST).is_file():
             _copy_artifact(Path(source), directory, dtype, stage)
         else:
+            inner = directory / "onnx"  # not the directory itself, which this process holds locked
             verdicts = export_onnx(
-                source, directory, dtype=dtype or "fp32", max_length=max_length, max_batch=max_batch or 8, seed=seed,
+                source, inner, dtype=dtype or "fp32", max_length=max_length, max_batch=max_batch or 8, seed=seed,
                 stage=stage, report=report,
             )  # fmt: skip
             if not all(verdict.passed for verdict in verdicts):
                 raise VerificationError(f"{source}: {worst(verdicts)}; no engine is built of such a graph")
+            for path in inner.iterdir():
+                path.rename(directory / path.name)
+            inner.rmdir()
         artifact = read_artifact(directory, allow_unverified=True)
         entry = add_engine(artifact, builder, max_batch, max_length, chunk, capabilities, stage)
         manifest = json.loads((directory / MANIFEST).read_text())

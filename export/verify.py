@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime import ArtifactError, Engine, load
-from runtime.artifact import Window, read_artifact
+from runtime.artifact import MANIFEST, Window, read_artifact
 from runtime.session import OnnxSession
 from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
@@ -301,4 +301,6 @@ def verify(
                 key: value for key, value in json.loads(artifact.manifest).items() if key not in ("files", "verified")
             }
             record_verdicts(new, kept, origin, verdicts)
+        if (directory / MANIFEST).read_bytes() != artifact.manifest:
+            raise ExportError(f"{directory}: another export replaced it meanwhile; verify it again")
     return verdicts

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configuration import EVERY_KEY, CheemsConfig, DogeConfig
 
 HEAD, CLASSIFIER = "lm_head.weight", "score.weight"
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # of a file of the directory itself
 
 EXPERT_TENSORS = r"\.mlp\.(down_embed|up_embed|router_gate|queries|keys)(\.weight)?$"
 
@@ -152,8 +154,10 @@ class Checkpoint:
 
     @property
     def is_plain(self) -> bool:
-        """Whether transformers can load the files as they are."""
-        return not self.generation.spelling and self.generation.convert is None and not self.inherited
+        """Whether transformers can load the files as they are; it takes no index without metadata."""
+        own = not self.generation.spelling and self.generation.convert is None and not self.inherited
+        index = _index(self.directory)
+        return own and (index is None or isinstance(index.get("metadata"), dict))
 
     def state(self) -> State:
         """Every tensor under the model's own name; experts that join an MLP start with nothing to add."""
@@ -180,7 +184,7 @@ def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: di
     fields that are set over config.json's. Raises `CheckpointError`.
     """
     directory = _local(os.fspath(source), options)
-    values = _read_json(directory / "config.json")
+    values = _read_json(directory, CONFIG)
     stored = _stored_shapes(directory)
     candidates = _candidates(model_class, directory, values, stored)
     near: list[tuple[int, Generation, str]] = []
@@ -220,7 +224,7 @@ def _candidates(
     if not found:
         expected = " or ".join(sorted({repr(generation.model_type) for generation in known}))
         raise CheckpointError(
-            f"{directory / 'config.json'}: model_type is {model_type!r}, so this is not a "
+            f"{directory / CONFIG}: model_type is {model_type!r}, so this is not a "
             f"{model_class.__name__.removesuffix('ForCausalLM')} checkpoint; expected {expected}"
         )
     older, newer = (
@@ -257,7 +261,7 @@ def _expected(
             model = model_class._from_config(config)
     except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
         kind = "" if isinstance(error, ValueError) else f"no model has these values: {type(error).__name__}: "
-        raise CheckpointError(f"{directory / 'config.json'}: {kind}{_one_line(error)}") from error
+        raise CheckpointError(f"{directory / CONFIG}: {kind}{_one_line(error)}") from error
     return config, {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
@@ -301,14 +305,43 @@ def _local(source: str, options: dict[str, Any]) -> Path:
         ) from error
 
 
+def _index(directory: Path) -> Values | None:
+    """What says in which files the tensors are, where those are several."""
+    if not (directory / INDEX).exists() or (directory / WHOLE).exists():  # transformers reads the whole file first
+        return None
+    return _read_json(directory, INDEX)
+
+
 def _files(directory: Path) -> list[Path]:
-    """The files that hold the weights."""
-    if (directory / INDEX).exists() and not (directory / WHOLE).exists():  # transformers reads the whole file first
-        weight_map = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{directory / INDEX}: has no weight_map; save the checkpoint again")
-        return [directory / name for name in sorted({str(name) for name in weight_map.values()})]
-    return [directory / WHOLE]
+    """The files that hold the weights, each of them in the directory itself."""
+    index = _index(directory)
+    if index is None:
+        return [_own(directory, WHOLE)]
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{directory / INDEX}: has no weight_map; save the checkpoint again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{directory / INDEX}: {_SHORT.repr(name)} lies outside the checkpoint or is no plain name; "
+                "expected files of the directory itself"
+            )
+    return [_own(directory, name) for name in sorted(set(weight_map.values()))]
+
+
+def _own(directory: Path, name: str) -> Path:
+    """A file of the directory, not opened yet. Raises `CheckpointError` where it is a link to elsewhere, or no file.
+
+    The hub's cache keeps every file as a link from `snapshots/*/` to `blobs/` beside it; those are its own.
+    """
+    path, real = directory / name, directory.resolve()
+    roots = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    target = Path(os.path.realpath(path))  # which, unlike resolve(), takes a link to itself
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{path}: is a link out of the checkpoint, to {target}; copy the file itself")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no plain file; expected one of the checkpoint's own")
+    return path
 
 
 def _stored_shapes(directory: Path) -> Shapes:
@@ -335,9 +368,9 @@ def _compare(
     """How many tensors are missing, unexpected or wrongly shaped, and which, all of them."""
     needless = {HEAD} if HEAD not in expected else set()  # a bare model or a classifier has no use for it
     missing = sorted(names[name] for name in expected.keys() - optional if names[name] not in stored)
-    unexpected = sorted(stored.keys() - set(names.values()) - needless)
+    unexpected = sorted(_shown(name) for name in stored.keys() - set(names.values()) - needless)
     wrong = [
-        f"{names[name]} is {list(stored[names[name]])}, expected {list(expected[name])}"
+        f"{names[name]} is {_SHORT.repr(list(stored[names[name]]))}, expected {list(expected[name])}"
         for name in sorted(expected)
         if names[name] in stored and stored[names[name]] != expected[name]
     ]
@@ -351,7 +384,8 @@ def _compare(
     return len(missing) + len(unexpected) + len(wrong), ". ".join(faults)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(directory: Path, name: str) -> Values:
+    path = _own(directory, name)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint directory with a config.json")
     try:
@@ -367,3 +401,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _shown(name: str) -> str:
+    """A stored tensor's name, as it is where it is one that a model could have."""
+    return name if len(name) <= 200 and name.isprintable() else _SHORT.repr(name)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60

@@ -1,6 +1,7 @@
 """Checkpoints to and from transformers, and what a person is told of one that does not fit."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -157,6 +158,20 @@ def test_all_wrong_tensors_are_named(copy):
     )
 
 
+def test_odd_names_and_shapes_are_told_in_one_short_line(copy):
+    def change(state):
+        state["x" * 10_000], state["two\nlines"] = torch.zeros(1), torch.zeros(1)
+        state["model.norm.weight"] = torch.zeros([1] * 60)
+
+    change_tensors(copy, change)
+    with pytest.raises(CheckpointError) as caught:
+        DogeForCausalLM.from_pretrained(copy)
+    message = str(caught.value)
+    assert len(message) < 1000
+    assert "\n" not in message
+    assert r"'two\nlines'" in message
+
+
 def test_truncated_file(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -178,6 +193,105 @@ def test_missing_shard(tmp_path):
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     fails(tmp_path, shard.name)
+
+
+def sharded(directory):
+    """A checkpoint in shards, and how to change its index."""
+    rival().save_pretrained(directory, max_shard_size="50KB")
+    path = directory / "model.safetensors.index.json"
+
+    def change(edit):
+        index = json.loads(path.read_text())
+        edit(index)
+        path.write_text(json.dumps(index))
+
+    return sorted(directory.glob("model-*.safetensors")), change
+
+
+def unopened(monkeypatch, directory, *words):
+    """It fails, before a file of weights is opened."""
+    with monkeypatch.context() as patch:
+        patch.setattr("wm_models.checkpoint.safe_open", lambda *_, **__: pytest.fail("it was read"))
+        fails(directory, *words)
+
+
+@pytest.mark.parametrize(
+    "place", ["/ABSOLUTE", "../outside.safetensors", "a/../../outside.safetensors", "sub/shard", "..", ".hidden", "",
+              "a\0b", "\ud800", "x" * 300, 5, None, ["outside"]]
+)  # fmt: skip
+def test_shards_lie_in_the_directory(tmp_path, monkeypatch, place):
+    checkpoint = tmp_path / "checkpoint"
+    shards, change = sharded(checkpoint)
+    shutil.copy(shards[1], tmp_path / "outside.safetensors")
+    if place == "/ABSOLUTE":
+        place = str(tmp_path / "outside.safetensors")
+
+    def move(index):
+        for name, shard in index["weight_map"].items():
+            if shard == shards[1].name:
+                index["weight_map"][name] = place
+
+    change(move)
+    unopened(monkeypatch, checkpoint, "index.json", "no plain name")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "SHARD"])
+@pytest.mark.parametrize("kind", ["link out", "link through", "pipe", "directory"])
+def test_only_files_of_the_directory_are_read(tmp_path, monkeypatch, name, kind):
+    shards, _ = sharded(tmp_path / "checkpoint")
+    path = shards[1] if name == "SHARD" else tmp_path / "checkpoint" / name
+    path.rename(tmp_path / "outside")
+    if kind == "link out":
+        path.symlink_to("../outside")
+    elif kind == "link through":
+        (tmp_path / "checkpoint" / "sub").symlink_to(tmp_path)
+        path.symlink_to("sub/outside")
+    elif kind == "pipe":
+        os.mkfifo(path)  # opening it would wait for a writer
+    else:
+        path.mkdir()
+    unopened(monkeypatch, tmp_path / "checkpoint", path.name, "link out of" if "link" in kind else "no plain file")
+
+
+def test_links_of_the_directory_itself_and_of_the_hub_are_its_own(saved, tmp_path):
+    """The hub's cache is made of links: snapshots/REVISION/NAME leads to blobs/HASH."""
+    blobs, snapshot = tmp_path / "model" / "blobs", tmp_path / "model" / "snapshots" / "123"
+    shutil.copytree(saved, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    DogeForCausalLM.from_pretrained(snapshot)
+    DogeForCausalLM.from_pretrained(shutil.copytree(snapshot, tmp_path / "copy", symlinks=False))
+    (snapshot / "config.json").unlink()
+    (tmp_path / "elsewhere.json").write_bytes((blobs / "config.json").read_bytes())
+    (snapshot / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    fails(snapshot, "config.json", "link out of")
+    (tmp_path / "copy" / "model.safetensors").rename(tmp_path / "copy" / "weights")
+    (tmp_path / "copy" / "model.safetensors").symlink_to("weights")
+    DogeForCausalLM.from_pretrained(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").unlink()
+    (tmp_path / "copy" / "config.json").symlink_to("config.json")
+    fails(tmp_path / "copy", "config.json", "no such file")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metadata", [None, 3])
+def test_an_index_needs_no_metadata(tmp_path, tokens, metadata):
+    """transformers itself fails there with a KeyError."""
+    expected = rival()
+    _, change = sharded(tmp_path)
+    change(lambda index: index.pop("metadata") if metadata is None else index.update(metadata=metadata))
+    found = DogeForCausalLM.from_pretrained(tmp_path)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', "[]", '{"weight_map": {"a": "none.safetensors"}}', "{"])
+def test_a_broken_index(tmp_path, text):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    fails(tmp_path)
 
 
 def test_a_hub_name_that_cannot_be_had(monkeypatch):

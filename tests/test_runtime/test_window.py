@@ -76,7 +76,7 @@ def test_it_is_the_same(made):
 def test_sequences_join_and_leave(made):
     """A slot forgets what its last sequence dropped, and the others do not notice."""
     given = [Prompt(line, {}, ids) for line, ids in enumerate(prompts(90, 5, 31, 60, 1, 33, 120))]
-    found = [dict((p.line, ids) for p, ids in generate_many(load(path), given, 50, slots=2)) for path in made]
+    found = [{p.line: ids for p, ids in generate_many(load(path), given, 50, slots=2)} for path in made]
     assert found[0] == found[1]
     engine = load(made[0])
     assert all(found[0][prompt.line] == engine.generate_ids(prompt.ids, 50) for prompt in given)
@@ -119,5 +119,5 @@ def test_a_window_over_other_caches(made, tmp_path):
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["graph"]["states"][2]["shape"][1] = 4
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="caches of 'layers.0' are no key, value and bias"):
+    with pytest.raises(ArtifactError, match=r"caches of 'layers\.0' are no key, value and bias"):
         load(directory)

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 LONGEST, MOST_MEMORY = 5.0, 1 << 30  # seconds of work, bytes
 DEADLINE = 120.0  # seconds on the clock, of which a busy machine may take most
 BATCH = 1000
+LARGEST_REPEAT = 5 << 20  # characters: more than a manifest may have
 
 # Values that loaders trip over: wrong types, edges of integers, names that lead elsewhere.
 ODD_TEXTS = ["", "..", "/etc/passwd", "../x", "a\0b", "\ud800", "float32", "batch", "model.onnx", "x" * 5000]
@@ -73,7 +74,9 @@ def changed_json(draw: Any, sound: bytes) -> bytes:
         elif action == "rename" and isinstance(container, dict):
             container[draw(st.sampled_from(ODD_TEXTS) | st.text(max_size=8))] = container.pop(key)
         elif action == "repeat" and isinstance(container, list):
-            container.extend([container[key]] * draw(st.sampled_from([1, 100, 20_000])))
+            most = max(1, LARGEST_REPEAT // len(json.dumps(container[key])))
+            times = min(most, draw(st.sampled_from([1, 100, 20_000])))
+            container.extend(copy.deepcopy(container[key]) for _ in range(times))
         else:
             container[key] = draw(values)
     text = json.dumps(value).encode("utf-8", "surrogatepass")

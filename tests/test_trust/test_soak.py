@@ -6,5 +6,5 @@ from test_trust.soak import soak
 def test_sequences_join_and_leave(artifact):
     found = soak(artifact, steps=3000, sequences=75)
     assert found.differing == 0
-    assert found.steps >= 2000
+    assert len(found.cpu) >= 3000
     assert abs(found.growth) < 0.02

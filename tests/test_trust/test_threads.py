@@ -1,10 +1,12 @@
 """Threads, forks and other processes: right tokens or an error, at once."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -152,6 +154,65 @@ def test_whoever_looks_finds_an_artifact(artifact, tmp_path):
     reader.join()
     assert set(seen) <= {"loaded", "caught between"}
     assert "loaded" in seen
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_exports_to_one_place_neither_is_lost_unasked(artifact, tmp_path, force):
+    """The first to finish has the place; only with `force` the second takes it over."""
+    from export import ExportError
+    from export.artifact import replacing
+
+    out, ended = tmp_path / "out", nullcontext() if force else pytest.raises(ExportError, match=r"not empty.*--force")
+    with ended, replacing(out, force) as second:
+        (second / "name").write_text("second")
+        with replacing(out, force) as first:
+            assert second.exists()  # another's unfinished work is not swept away
+            (first / "name").write_text("first")
+        assert (out / "name").read_text() == "first"
+    assert (out / "name").read_text() == ("second" if force else "first")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, monkeypatch):
+    """The ONNX export inside it ends first; another command to the same place then leaves it alone."""
+    from export import artifact as exports
+    from export import build_tensorrt, tensorrt
+
+    out = tmp_path / "out"
+
+    def build(found, *_):
+        exports._sweep(out)
+        assert (found.path / "manifest.json").exists()
+        (found.path / "engine").write_bytes(b"engine")
+        return {"file": "engine"}
+
+    monkeypatch.setattr(tensorrt, "choose_builder", lambda name: name)
+    monkeypatch.setattr(tensorrt, "add_engine", build)
+    build_tensorrt(artifact.parent / "checkpoint", out, max_length=64, max_batch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["engines"] == [{"file": "engine"}]
+    assert sorted([*manifest["files"], "manifest.json"]) == sorted(path.name for path in out.iterdir())
+
+
+def test_verify_does_not_bring_back_what_was_replaced(artifact, tmp_path, monkeypatch):
+    from export import ExportError, verify
+    from export.artifact import replacing
+
+    out = shutil.copytree(artifact, tmp_path / "out")
+
+    def check(*_):
+        with replacing(out, force=True) as new:
+            (new / "manifest.json").write_text("{}")
+        return []
+
+    module = sys.modules["export.verify"]  # whose name in `export` is the function's
+    monkeypatch.setattr(module, "references", lambda *_: ([], {}))
+    monkeypatch.setattr(module, "check", check)
+    with pytest.raises(ExportError, match="replaced it meanwhile"):
+        verify(out)
+    assert (out / "manifest.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
