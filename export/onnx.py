@@ -22,7 +22,7 @@ from .verify import Comparison, check, check_quantized, record_verdicts, referen
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
-SPARE = 256  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
+SPARE = 128  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
 
 
 def export_onnx(

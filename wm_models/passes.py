@@ -127,7 +127,7 @@ class CachedPass:
         if mask is not None:
             biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]
             if packed_key.shape[2] > self.keep:
-                mask = keep_largest(biases, mask, self.keep)
+                mask = keep_largest(biases, mask, self.keep) > torch.finfo(biases.dtype).min
             if self.ratio:
                 mask = drop_smallest(biases, mask, self.lengths, self.ratio)
             if mask.shape[1] != 1:
@@ -216,17 +216,19 @@ class StepPass:
         lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
         fits = statically_known_true(biases.shape[3] <= self.keep)
-        visible = self.visible if fits else keep_largest(biases, self.visible, self.keep)
+        kept = None if fits else keep_largest(biases, self.visible, self.keep)
         if self.ratio:
+            visible = self.visible if kept is None else kept > lowest
             mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
-        elif fits:
+        elif kept is None:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(visible, biases.new_zeros(()), lowest)
+                self.hidden = torch.where(self.visible, biases.new_zeros(()), lowest)
             mask = biases + self.hidden
         else:
-            mask = torch.where(visible, biases, lowest)
-        if mask.shape[1] != query.shape[1]:
-            mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+            mask = kept
+        groups = query.shape[1] // mask.shape[1]
+        if groups > 1:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
         return self.attend_masked(query, cache.key, cache.value, mask)
 
     def attend_masked(

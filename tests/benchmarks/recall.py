@@ -27,6 +27,7 @@ SIZES = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},  # rows are short: neighbours should differ
     "use_cache": False,
 }
 
