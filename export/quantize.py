@@ -33,6 +33,7 @@ BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
+LOOKED_UP = 0.3  # likewise, for a table whose rows are also embeddings: those must stay near, whatever reads them
 ROWS, LENGTH = 16, 256  # of the text that activations are taken from
 
 
@@ -55,11 +56,21 @@ class Use:
     weight: ir.Value
     transposed: bool  # stored (K, N), as a MatMul reads it
     products: list[ir.Node]
+    looked_up: bool = False
 
     @property
     def activation(self) -> str | None:
-        """What the weight is multiplied with; nothing where rows are only looked up."""
-        return self.products[0].inputs[0].name if self.products else None  # type: ignore[union-attr]
+        """What the weight is multiplied with; nothing where rows are only looked up.
+
+        Before the head's product one token is chosen: what it is chosen from stands for what it may be.
+        """
+        if not self.products:
+            return None
+        x = self.products[0].inputs[0]
+        assert x is not None
+        chooser = x.producer()
+        chosen = chooser is not None and chooser.op_type == "GatherElements"
+        return chooser.inputs[0].name if chosen else x.name
 
     def matrix(self) -> np.ndarray:
         """(N, K), float32."""
@@ -84,7 +95,8 @@ def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
             use = Use(weight, True, nodes)
         elif kinds <= {"Gather", "Transpose"} and kinds:
             turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
-            use = Use(weight, False, [node for value in turned for node, _ in value.uses()])
+            products = [node for value in turned for node, _ in value.uses()]
+            use = Use(weight, False, products, looked_up="Gather" in kinds)
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
@@ -144,15 +156,17 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> tuple[torch
 
 
 def round_with_feedback(
-    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor
+    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor, damping: float = DAMPING
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales that keep W·x, for x of these second moments (K, K), rather than W (GPTQ)."""
+    """Codes and scales that keep W·x, for x of these second moments (K, K), rather than W (GPTQ).
+
+    The larger `damping`, a share of the moments' mean diagonal, the nearer W itself is kept.
+    """
     weight, columns, largest = weight.clone(), weight.shape[1], 2 ** (bits - 1) - 1
     moments = moments.double()
-    damping = DAMPING * moments.diagonal().mean().clamp(min=1e-12)
-    inverse = torch.linalg.inv(moments + damping * torch.eye(columns, dtype=torch.float64))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    importance = moments.diagonal().float() + float(damping)
+    moments += damping * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(columns, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(moments), upper=True).float()
+    importance = moments.diagonal().float()
     codes, scales = torch.empty_like(weight), []
     for start in range(0, columns, block):
         end = start + block
@@ -187,7 +201,8 @@ def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | Non
         block = block_size(weight.shape[1], bits)
         assert block is not None
         if use.activation in moments:
-            codes, scales = round_with_feedback(weight, bits, block, moments[use.activation])
+            damping = LOOKED_UP if use.looked_up else DAMPING
+            codes, scales = round_with_feedback(weight, bits, block, moments[use.activation], damping)
         else:
             codes, scales = round_to_nearest(weight, bits, block)
         _replace(graph, use, codes.numpy(), scales.numpy(), block, bits)
