@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .artifact import Artifact, read_artifact
+from .artifact import Artifact, open_artifact
 from .cuda import Device, gpu_count
 from .errors import ArtifactError, RequestError
 from .exclusive import Exclusive, exclusive
@@ -48,8 +48,9 @@ def load(
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
-    artifact = read_artifact(Path(directory), allow_unverified, public_key)
-    return Engine(artifact, _session(artifact, backend, provider, threads))
+    with open_artifact(Path(directory), allow_unverified, public_key) as artifact:
+        session = _session(artifact, backend, provider, threads)
+    return Engine(artifact, session)
 
 
 def _session(artifact: Artifact, backend: str, provider: str, threads: int | None) -> Session:

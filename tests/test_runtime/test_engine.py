@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -128,6 +129,27 @@ def test_a_prompt_up_to_the_capacity(engine):
     assert len(engine.generate_ids([1] * 512, 20)) == 1
     with pytest.raises(RequestError, match=r"513 tokens.*capacity is 512"):
         engine.generate_ids([1] * 513, 20)
+
+
+def test_an_idle_engine_does_not_spin(made):
+    engine = load(made[0], threads=4)
+    engine.generate_ids([1] * 64, 20)
+    started = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - started < 0.2  # one thread that spun would use 1 s of a processor, four of them 4
+
+
+def test_what_is_wrong_with_weights_is_said_whatever_comes_of_them(copy, monkeypatch):
+    """They are hashed while they are loaded, and the hash has the last word."""
+    data = copy / "model.onnx.data"
+    data.write_bytes(bytes(data.stat().st_size))
+
+    def fail(*arguments):
+        raise ArtifactError("ONNX Runtime refuses it")
+
+    monkeypatch.setattr("runtime.engine.OnnxSession", fail)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data: SHA-256"):
+        load(copy)
 
 
 def test_sampling_is_repeatable(engine):

@@ -55,6 +55,20 @@ def test_a_change_after_signing_is_found(copy, keys):
         load(copy, public_key=public)
 
 
+def test_signed_weights_are_hashed_before_they_are_loaded(copy, keys, monkeypatch):
+    private, public = keys
+    sign(copy, private)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[0] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    loaded = []
+    monkeypatch.setattr("runtime.engine.OnnxSession", lambda *arguments: loaded.append(arguments))
+    for key, sessions in ((public, 0), (None, 1)):
+        with pytest.raises(ArtifactError, match=r"model\.onnx\.data: SHA-256"):
+            load(copy, public_key=key)
+        assert len(loaded) == sessions
+
+
 def test_the_signature_is_checked_before_the_manifest_is_parsed(copy, keys):
     private, public = keys
     sign(copy, private)
