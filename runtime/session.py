@@ -3,13 +3,16 @@
 B batch, S new tokens, C cache capacity, V vocabulary.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from .artifact import ELEMENTS, INPUTS, Artifact
+from .artifact import ELEMENTS, INPUTS, Artifact, State
 from .errors import ArtifactError
+from .memory import check_memory
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -42,11 +45,14 @@ class OnnxSession:
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Empty caches for `batch` slots of `capacity` tokens."""
+        """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
+        self._check_memory(self.graph.states, batch, capacity, freed=sum(cache.nbytes for cache in self.caches))
         self._hold([_zeros(state.sized(batch, capacity), state.dtype) for state in self.graph.states], batch, capacity)
 
     def grow(self, capacity: int) -> None:
-        """Caches of a larger capacity with the same content: one copy."""
+        """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
+        growing = [state for state in self.graph.states if "capacity" in state.shape]
+        self._check_memory(growing, self.batch, capacity)
         grown = []
         for state, old in zip(self.graph.states, self.caches, strict=True):
             new = old
@@ -55,6 +61,10 @@ class OnnxSession:
                 new[tuple(slice(size) for size in old.shape)] = old
             grown.append(new)
         self._hold(grown, self.batch, capacity)
+
+    def _check_memory(self, states: Sequence[State], batch: int, capacity: int, freed: int = 0) -> None:
+        size = sum(prod(state.sized(batch, capacity)) * np.dtype(STORAGE[state.dtype]).itemsize for state in states)
+        check_memory(size, f"caches for {batch} slots of {capacity} tokens", freed)
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
