@@ -14,13 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from runtime.artifact import INPUTS, MANIFEST, SCHEMA, file_hash
+from runtime.artifact import MANIFEST, SCHEMA, Window, file_hash, input_names
 from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
 
@@ -182,7 +183,7 @@ def _module_path(node: ir.Node) -> str:
 
 def describe(
     graph: ir.Model, config: dict[str, Any], parameters: int, *, dtype: str, logits: str, max_batch: int,
-    max_length: int, quantization: str = "none",
+    max_length: int, quantization: str = "none", window: Window | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest but for its file list and its verdict."""
     states = [
@@ -193,7 +194,7 @@ def describe(
             "dtype": str((value.dtype or ir.DataType.UNDEFINED).numpy()),
         }
         for value in graph.graph.inputs
-        if value.name not in INPUTS
+        if value.name not in input_names(window)
     ]
     packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
     return {
@@ -212,6 +213,7 @@ def describe(
             "max_length": max_length,
             "capacities": capacities(max_length),
             "states": states,
+            **({"window": asdict(window)} if window else {}),
         },
     }
 

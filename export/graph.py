@@ -21,8 +21,8 @@ from onnxscript.onnx_opset import opset24 as op
 from torch import nn
 from torch.nn import functional as F
 
-from runtime.artifact import INPUTS
-from wm_models import LayerCache
+from runtime.artifact import Window, input_names
+from wm_models import DogeConfig, LayerCache
 from wm_models.attention import DMAttention
 from wm_models.decoder import DecoderForCausalLM
 from wm_models.experts import ExpertMLP
@@ -109,13 +109,14 @@ class AttentionProjection(HeadProjection):
     """Query, key and value as one product.
 
     dt is a product of its own, over x: dt is linear in the value and the value in x, so its weight on x is a product of
-    two (taken in float64). It is repeated for every query head: a row of the mask is then a row of the bias cache.
+    two (taken in float64). With `repeated` it is repeated for every query head: a row of the mask is then a row of the
+    bias cache.
     """
 
-    def __init__(self, attention: DMAttention):
+    def __init__(self, attention: DMAttention, repeated: bool):
         value, dt = attention.v_proj, attention.dt_proj
         super().__init__((attention.q_proj, attention.k_proj, value), attention.head_size)
-        repeat = self.heads[0] // attention.A.shape[0]
+        repeat = self.heads[0] // attention.A.shape[0] if repeated else 1
         self.dt_weight = _fixed((dt.weight.double() @ value.weight.double()).repeat_interleave(repeat, 0), dt.weight)
         self.dt_bias = None
         if dt.bias is not None:
@@ -130,9 +131,9 @@ def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Paramete
     return nn.Parameter(value if like is None else value.to(like.dtype), requires_grad=False)
 
 
-def fuse_attention(attention: DMAttention) -> None:
+def fuse_attention(attention: DMAttention, repeated: bool) -> None:
     """Put q, k and v into one product; see `AttentionProjection`."""
-    attention.fused = AttentionProjection(attention)
+    attention.fused = AttentionProjection(attention, repeated)
     attention.project = attention.fused.__call__
     attention.A = _fixed(attention.A.repeat_interleave(attention.fused.dt_weight.shape[0] // attention.A.shape[0]))
     del attention.q_proj, attention.k_proj, attention.v_proj, attention.dt_proj
@@ -158,14 +159,15 @@ def unfuse_experts(mlp: ExpertMLP) -> None:
 class StepGraph(nn.Module):
     """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
 
-    def __init__(self, model: DecoderForCausalLM, all_logits: bool):
+    def __init__(self, model: DecoderForCausalLM, all_logits: bool, drops: bool):
         super().__init__()
-        self.model, self.all_logits = model, all_logits
+        self.model, self.all_logits, self.drops = model, all_logits, drops
         self.kinds = [type(cache) for cache in model.new_caches(1, 1)]
         with torch.no_grad():
             for module in list(model.modules()):
                 if isinstance(module, DMAttention):
-                    fuse_attention(module)
+                    # rows are dropped for a key head as a whole: its bias is there once
+                    fuse_attention(module, repeated=not drops)
                 elif isinstance(module, SSDMixer):
                     fuse_ssd(module)
                 elif isinstance(module, ExpertMLP):
@@ -179,9 +181,10 @@ class StepGraph(nn.Module):
         *states: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         rest = iter(states)
+        lengths, dropped_lengths = (cache_lengths, sequence_lengths), next(rest) if self.drops else None
         caches = [kind(*(next(rest) for _ in kind._fields)) for kind in self.kinds]
         logits, caches = self.model.step(
-            input_ids, cache_lengths, sequence_lengths, caches, all_logits=self.all_logits, pass_type=OnnxPass
+            input_ids, *lengths, caches, dropped_lengths, all_logits=self.all_logits, pass_type=OnnxPass
         )
         return (logits, *(state for cache in caches for state in cache))
 
@@ -191,19 +194,37 @@ def state_names(caches: Sequence[LayerCache]) -> list[str]:
     return [f"layers.{layer}.{name}" for layer, cache in enumerate(caches) for name in cache._fields]
 
 
-def lower(model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_logits: bool) -> ir.Model:
+def cache_window(config: DogeConfig, max_length: int, spare: int) -> Window | None:
+    """How few rows of a cache are enough for sequences of `max_length` tokens; None where it takes as many.
+
+    A query reads the w keys with the largest biases, and a key that is once not among them never is again: w rows, and
+    `spare` to be filled before the others are taken out. That holds where a key head has one bias for all its query
+    heads, and nothing else hides keys; see `StepPass`.
+    """
+    rows = config.keep_window_size + spare
+    fixed = config.sliding_window is None and not config.dynamic_mask_ratio
+    if rows >= max_length or not fixed or config.bias_heads != config.key_value_heads:
+        return None
+    return Window(config.keep_window_size, rows)
+
+
+def lower(
+    model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_logits: bool, window: Window | None = None
+) -> ir.Model:
     """The step graph of `model`, whose parameters it takes over. Batch, sequence and capacity are dynamic.
 
-    Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), int64, and the states; outputs `logits`
-    (B, 1, V), or (B, S, V) with `all_logits`, and the states.
+    Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), with a `window` `dropped_lengths` (B), all
+    int64, and the states; outputs `logits` (B, 1, V), or (B, S, V) with `all_logits`, and the states.
     """
-    graph = StepGraph(model, all_logits).eval()
+    drops, max_length = window is not None, window.rows if window else max_length
+    graph = StepGraph(model, all_logits, drops).eval()
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
     names = state_names(caches)
     states = [state for cache in caches for state in cache]
     length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # and more than one chunk
-    sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
+    lengths = [torch.tensor([0, 1]), torch.tensor([length, 2]), torch.tensor([0, 3])][: 3 if drops else 2]
+    sample = (torch.zeros(2, length, dtype=torch.int64), *lengths[:2])
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
@@ -211,18 +232,19 @@ def lower(model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_log
         {at: capacity for at in range(state.ndim) if state.shape[at] != larger.shape[at]}
         for state, larger in zip(states, (state for cache in roomier for state in cache), strict=True)
     ]
-    shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple({0: batch, **dims} for dims in growing))
+    rest = [{0: batch} for _ in lengths[2:]] + [{0: batch, **dims} for dims in growing]
+    shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple(rest))
     # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            (*sample, *states),
+            (*sample, *lengths[2:], *states),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,
-            input_names=[*INPUTS, *names],
+            input_names=[*input_names(window), *names],
             output_names=["logits", *(f"{name}.out" for name in names)],
             custom_translation_table={torch.ops.aten.softplus.default: _softplus},
             optimize=True,

@@ -14,7 +14,7 @@ from wm_models.decoder import DecoderForCausalLM
 
 from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
-from .graph import lower
+from .graph import cache_window, lower
 from .numbers import check_biases, check_weights
 from .quantize import BITS, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
@@ -22,6 +22,7 @@ from .verify import Comparison, check, check_quantized, record_verdicts, referen
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
+SPARE = 128  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
 
 
 def export_onnx(
@@ -35,6 +36,7 @@ def export_onnx(
     quantize: str | None = None,
     seed: int = 0,
     force: bool = False,
+    spare: int = SPARE,
     stage: Callable[[str], None] = lambda name: None,
     report: Callable[[Comparison], None] = lambda verdict: None,
 ) -> list[Comparison]:
@@ -43,7 +45,8 @@ def export_onnx(
     `dtype` of weights, caches and arithmetic: fp32, fp16 or bf16. `max_length` in tokens (default: what RoPE allows);
     `max_batch` slots; `logits` of the last real token or of all; `quantize` the weights to int8 or
     int4, caches and arithmetic staying fp32; `seed` for a preset's random weights; `force`
-    replaces what `out` holds once the new artifact is whole. `stage` and `report` are told of progress.
+    replaces what `out` holds once the new artifact is whole. Where the model keeps a window of w keys, a cache has at
+    most w + `spare` rows. `stage` and `report` are told of progress.
 
     Returns the comparisons with the eager model. An artifact that fails one is kept for inspection, but marked: it
     loads only with `allow_unverified=True`. Raises `ExportError`, `wm_models.CheckpointError`, OSError.
@@ -69,7 +72,8 @@ def export_onnx(
             f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
             'no step graph; set "expert_routing": "token" in config.json if the weights were trained for it'
         )
-    sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length}
+    window = cache_window(model.config, max_length, spare)
+    sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length, "window": window}
     config, parameters = model.config.to_dict(), parameter_count(model)
     origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
     with replacing(out, force) as directory:
@@ -77,13 +81,14 @@ def export_onnx(
         answers = None
         if quantize is None:
             stage("computing the eager model's answers")
-            answers, biases = references(model, max_length, max_batch)
+            answers, biases = references(model, max_length, max_batch, window)
             check_biases(biases, DTYPES[dtype])
         stage("lowering to ONNX")
         torch_dtype = DTYPES[dtype]
         options = {**sizes, "dtype": str(torch_dtype).removeprefix("torch."), "quantization": quantize or "none"}
         model.to(dtype=torch_dtype)  # type: ignore[call-arg]
-        graph = lower(model, max_batch=max(max_batch, ROWS), max_length=max_length, all_logits=logits == "all")
+        bounds = {"max_batch": max(max_batch, ROWS), "max_length": max_length, "window": window}
+        graph = lower(model, all_logits=logits == "all", **bounds)
         del model  # one copy of the weights at a time
         with TemporaryDirectory(dir=directory) as exact:
             if quantize is not None:

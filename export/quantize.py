@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 
 from runtime import Engine
-from runtime.artifact import INPUTS
+from runtime.artifact import DROPPED, INPUTS
 from runtime.sampling import Sampler
 
 BITS = {"int8": 8, "int4": 4}
@@ -106,13 +106,15 @@ def second_moments(graph: ir.Model, path: Path, text: np.ndarray, names: list[st
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     sizes = {"batch": 1, "capacity": text.shape[1]}
-    feed = {
+    feed: dict[str | None, np.ndarray] = {
         value.name: np.zeros(
             [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()], np.float32
         )
         for value in graph.graph.inputs
-        if value.name not in INPUTS
+        if value.name not in (*INPUTS, DROPPED)
     }
+    if any(value.name == DROPPED for value in graph.graph.inputs):
+        feed[DROPPED] = np.zeros(1, np.int64)
     sums = {name: torch.zeros(()) for name in order}
     for row in text:
         steps = (row[None], np.zeros(1, np.int64), np.array([len(row)]))

@@ -138,12 +138,12 @@ def add_engine(
             raise ExportError(f"{option} is {value}; {artifact.path} allows 1 to {most}")
     if capacity < 2:
         raise ExportError(f"--max-length is {capacity}; expected at least 2")
-    chunk = min(chunk, capacity)
+    chunk, rows = min(chunk, capacity, graph.chunk), graph.rows(capacity)
     stage("making the graph fit for TensorRT")
     model = ir.load(artifact.path / graph.file)
     modules = {node.name or "": node.metadata_props.get(MODULE, "") for node in model.graph}
     expected = {kind: _names(model, kind) for kind in ("TensorScatter", "Attention", "RotaryEmbedding")}
-    specialise(model, capacity, {state.input for state in graph.states if "capacity" in state.shape})
+    specialise(model, rows, {state.input for state in graph.states if "capacity" in state.shape})
     specialised = artifact.path / ".specialised.onnx"  # beside the weights that it refers to
     specialised.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     stem = f"model.{builder}"

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from runtime import ArtifactError, Engine, load
-from runtime.artifact import MANIFEST, read_artifact
+from runtime.artifact import MANIFEST, Window, read_artifact
 from runtime.session import OnnxSession
 from runtime.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM
@@ -63,13 +63,14 @@ class Comparison:
     passed: bool
 
 
-def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
-    """Prefill and decode at several lengths, a ragged batch with idle slots, and beyond the keep window."""
+def plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
+    """Prefill and decode at several lengths, a ragged batch with idle slots, and beyond `rows`, where keys begin to be
+    left out: the keep window, or the rows of the caches."""
     steps = min(STEPS, max(1, max_length // 2))
     longest = max_length - steps
     lengths = sorted({min(length, longest) for length in (1, 17, 128)})
-    if keep_window < longest:
-        lengths.append(min(keep_window + 32, longest))
+    if rows < longest:
+        lengths.append(min(rows + 32, longest))
     cases = [Case(f"prompt {length}, {steps} steps", (length,), steps, (0,)) for length in lengths]
     if max_length > 320:  # across a capacity bucket
         cases.append(Case("prompt 240, 32 steps over a bucket's end", (240,), 32, (0,)))
@@ -80,14 +81,14 @@ def plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
     return cases
 
 
-def probe_plan(max_length: int, max_batch: int, keep_window: int) -> list[Case]:
-    """With the bias in sight: a ragged batch, and a pass beyond the keep window."""
+def probe_plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
+    """With the bias in sight: a ragged batch, and a pass beyond `rows`."""
     steps = min(16, max(1, max_length // 2))
     longest = max_length - steps
     ragged = tuple(max(1, min(length, longest)) for length in (33, 5)[:max_batch])
     cases = [Case(f"A drawn at random, prompts {ragged}", ragged, steps, (0,) * len(ragged))]
-    if keep_window < longest:
-        length = min(keep_window + 32, longest)
+    if rows < longest:
+        length = min(rows + 32, longest)
         cases.append(Case(f"A drawn at random, prompt {length}", (length,), steps, (0,)))
     return cases
 
@@ -210,13 +211,13 @@ class Reference:
 
 
 def references(
-    model: DecoderForCausalLM, max_length: int, max_batch: int
+    model: DecoderForCausalLM, max_length: int, max_batch: int, window: Window | None
 ) -> tuple[list[Reference], dict[str, BiasRange]]:
     """The answers of the model as it is, and with its bias in sight; and the range of its biases on the way.
 
     Raises `ExportError` where the model's own logits are not finite.
     """
-    limits = max_length, max_batch, model.config.keep_window_size
+    limits = max_length, max_batch, window.rows if window else model.config.keep_window_size
     with watched_biases(model) as biases:
         answers = [Reference(model, plan(*limits))]
     with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
@@ -240,7 +241,8 @@ def check_quantized(
     """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly."""
     engine = load(directory, allow_unverified=True)
     graph, text = engine.graph, written_text(engine)
-    cases = plan(graph.max_length, graph.max_batch, model.config.keep_window_size)
+    rows = graph.window.rows if graph.window else model.config.keep_window_size
+    cases = plan(graph.max_length, graph.max_batch, rows)
     verdicts = Reference(model, cases, text=text).check(engine, report)
     portable = replace(engine.artifact, graph=replace(graph, cpu_file=graph.file))
     few = [Case(f"{graph.file}, prompt 17, 4 steps", (min(17, graph.max_length - 4),), 4, (0,))]
@@ -288,7 +290,7 @@ def verify(
             )
     model = load_model(origin["source"], origin.get("seed", 0))
     graph, quantised = artifact.graph, artifact.graph.quantization != "none"
-    answers = [] if quantised else references(model, graph.max_length, graph.max_batch)[0]
+    answers = [] if quantised else references(model, graph.max_length, graph.max_batch, graph.window)[0]
     with replacing(directory, force=True) as new:
         shutil.copytree(directory, new, copy_function=os.link, dirs_exist_ok=True)
         verdicts = check_quantized(new, model, report) if quantised else check(new, answers, report)

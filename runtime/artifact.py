@@ -25,6 +25,7 @@ from .signature import check_signature
 SCHEMA = 1
 MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
+DROPPED = "dropped_lengths"  # one more input, of a graph whose caches have a window
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
@@ -53,6 +54,19 @@ class State:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A cache has `rows` rows at most: the `keep` keys of largest bias, and those that came since they were chosen."""
+
+    keep: int
+    rows: int
+
+
+def input_names(window: Window | None) -> tuple[str, ...]:
+    """The graph's inputs but for its states; all are int64, the first (B, S), the others (B)."""
+    return INPUTS if window is None else (*INPUTS, DROPPED)
+
+
+@dataclass(frozen=True)
 class Graph:
     """`cpu_file` is what ONNX Runtime runs on a CPU: `file`, or the same graph with operators that suit it better.
 
@@ -69,6 +83,20 @@ class Graph:
     max_length: int
     capacities: tuple[int, ...]
     states: tuple[State, ...]
+    window: Window | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return input_names(self.window)
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of a slot in one step."""
+        return self.max_length if self.window is None else self.window.rows - self.window.keep
+
+    def rows(self, capacity: int) -> int:
+        """The rows that the caches of a slot of `capacity` tokens have."""
+        return capacity if self.window is None else min(capacity, self.window.rows)
 
 
 @dataclass(frozen=True)
@@ -231,7 +259,25 @@ def _graph(fields: _Fields) -> Graph:
         max_length,
         tuple(capacities),
         tuple(states),
+        _window(fields, max_length, states),
     )
+
+
+def _window(graph: _Fields, max_length: int, states: list[State]) -> Window | None:
+    """The graph's window, of which there need not be one: then every layer has a key, a value and a bias cache."""
+    if "window" not in graph.values:
+        return None
+    fields = graph.sub("window")
+    rows = fields.positive("rows", max_length)
+    keep = fields.positive("keep", rows - 1)
+    shapes = {state.input: state.shape for state in states if "capacity" in state.shape}
+    for layer in {name.rpartition(".")[0] for name in shapes}:
+        found = [shapes.get(f"{layer}.{part}", ()) for part in ("key", "value", "bias")]
+        if any(len(s) != 4 or s[:3] != ("batch", found[0][1], "capacity") for s in found) or found[2][3] != 1:
+            raise ArtifactError(
+                f"{fields.where}: the caches of {_shown(layer)} are no key, value and bias of its heads"
+            )
+    return Window(keep, rows)
 
 
 def _engines(manifest: _Fields) -> list[_Fields]:
@@ -344,7 +390,7 @@ def _check_values(path: Path, graph: Graph, model: OnnxFile) -> None:
         for state in graph.states
     ]
     inputs: list[tuple[str, int, list[int | None]]] = [
-        (name, integers, [None] * rank) for name, rank in zip(INPUTS, (2, 1, 1), strict=True)
+        (name, integers, [None] * (2 if name == "input_ids" else 1)) for name in graph.inputs
     ]
     inputs += [(state.input, element, shape) for state, element, shape in states]
     outputs: list[tuple[str, int, list[int | None]]] = [("logits", logits, [None, None, graph.vocabulary])]

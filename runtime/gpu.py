@@ -3,6 +3,8 @@
 B batch, S new tokens, C cache capacity, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -12,6 +14,7 @@ from .artifact import Artifact, State
 from .cuda import Device
 from .errors import RequestError
 from .session import STORAGE, last_rows, likeliest_ids, widened
+from .window import Dropping
 
 INT64 = 8  # bytes
 
@@ -28,6 +31,8 @@ class GpuSession:
         self.device_name = device.name
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
+        self.dropping: Dropping | None = None
+        self.lengths = len(self.graph.inputs) - 1  # inputs of one number a slot
         self.addresses: dict[str, int] = {}
         self.host: dict[str, np.ndarray] = {}
 
@@ -44,7 +49,7 @@ class GpuSession:
                 self.addresses[name] = self.device.allocate(size, f"{name} for {batch} slots of {capacity} tokens")
             rows = self.chunk if self.graph.logits == "all" else 1
             for name, shape, dtype in (
-                ("inputs", (batch * (self.chunk + 2),), np.int64),
+                ("inputs", (batch * (self.chunk + self.lengths),), np.int64),
                 ("logits", (batch * rows * self.graph.vocabulary,), STORAGE[self.graph.dtype]),
                 ("next_ids", (batch * rows,), np.int64),
             ):
@@ -53,6 +58,7 @@ class GpuSession:
             self.release()
             raise
         self.batch, self.capacity = batch, capacity
+        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
         self.clear()
 
     def grow(self, capacity: int) -> None:
@@ -63,21 +69,38 @@ class GpuSession:
         """Bytes of every buffer on the device, by name."""
         rows = batch * (self.chunk if self.graph.logits == "all" else 1)
         width = np.dtype(STORAGE[self.graph.dtype]).itemsize
-        sizes = {state.input: state_bytes(state, batch, capacity) for state in self.graph.states}
-        sizes["inputs"] = batch * (self.chunk + 2) * INT64
+        sizes = {state.input: self.state_bytes(state, batch, capacity) for state in self.graph.states}
+        sizes["inputs"] = batch * (self.chunk + self.lengths) * INT64
         sizes["logits"], sizes["next_ids"] = rows * self.graph.vocabulary * width, rows * INT64
         return sizes
+
+    def state_bytes(self, state: State, batch: int, capacity: int) -> int:
+        return prod(state.sized(batch, self.graph.rows(capacity))) * np.dtype(STORAGE[state.dtype]).itemsize
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
         for state in self.graph.states:
-            self.device.zero(self.addresses[state.input], state_bytes(state, self.batch, self.capacity))
+            self.device.zero(self.addresses[state.input], self.state_bytes(state, self.batch, self.capacity))
 
     def clear_slot(self, slot: int) -> None:
         """Zero one slot's caches."""
         for state in self.graph.states:
-            size = state_bytes(state, 1, self.capacity)
+            size = self.state_bytes(state, 1, self.capacity)
             self.device.zero(self.addresses[state.input] + slot * size, size)
+
+    @contextmanager
+    def _part(self, slot: int, state: State) -> Iterator[np.ndarray]:
+        """A slot's part of a cache in host memory; put back when the block ends."""
+        part = self.device.host_array(state.sized(1, self.graph.rows(self.capacity))[1:], STORAGE[state.dtype])
+        address = self.addresses[state.input] + slot * part.nbytes
+        try:
+            self.device.download(part, address)
+            self.device.synchronize()
+            yield part
+            self.device.upload(address, part)
+            self.device.synchronize()  # before the array goes
+        finally:
+            self.device.free_host(part)
 
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
@@ -93,10 +116,11 @@ class GpuSession:
                 f"a step of {batch} slots and {length} tokens is asked for; there are {self.batch} slots, and a step "
                 f"takes up to {self.chunk} tokens"
             )
-        held = self.host["inputs"]
-        held[: batch * length] = input_ids.reshape(-1)
-        held[batch * length :][:batch] = cache_lengths
-        held[batch * length :][batch : 2 * batch] = sequence_lengths
+        rows_taken, *dropped = [cache_lengths]
+        if self.dropping is not None:
+            rows_taken, *dropped = self.dropping.make_room(cache_lengths, length, self._part)
+        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *dropped])
+        self.host["inputs"][: held.size] = held
         self.execute(length)
         rows = length if self.graph.logits == "all" else 1
         if likeliest and self.has_next_ids:
@@ -133,16 +157,13 @@ class GpuSession:
         raise NotImplementedError
 
     def upload_inputs(self, length: int) -> None:
-        self.device.upload(self.addresses["inputs"], self.host["inputs"][: self.batch * (length + 2)])
+        self.device.upload(self.addresses["inputs"], self.host["inputs"][: self.batch * (length + self.lengths)])
 
     def input_bindings(self, length: int) -> list[tuple[tuple[int, ...], int]]:
-        """Shape and address of `input_ids`, `cache_lengths` and `sequence_lengths`, which lie behind each other."""
+        """Shape and address of each of the graph's inputs, which lie behind each other."""
         start, batch = self.addresses["inputs"], self.batch
-        return [
-            ((batch, length), start),
-            ((batch,), start + batch * length * INT64),
-            ((batch,), start + batch * (length + 1) * INT64),
-        ]
+        lengths = [((batch,), start + batch * (length + index) * INT64) for index in range(self.lengths)]
+        return [((batch, length), start), *lengths]
 
     def release(self) -> None:
         """Give all memory back."""
@@ -151,7 +172,3 @@ class GpuSession:
         for array in self.host.values():
             self.device.free_host(array)
         self.addresses, self.host, self.batch, self.capacity = {}, {}, 0, 0
-
-
-def state_bytes(state: State, batch: int, capacity: int) -> int:
-    return prod(state.sized(batch, capacity)) * np.dtype(STORAGE[state.dtype]).itemsize

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .artifact import ELEMENTS, INPUTS, Artifact, Graph
+from .artifact import ELEMENTS, Artifact, Graph
 from .cuda import Device, start_driver
 from .errors import ArtifactError, RequestError
 from .gpu import GpuSession
@@ -63,8 +63,8 @@ def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, s
     if provider == "tensorrt":
         bounds = {}
         for name, batch, length in (("min", 1, 1), ("opt", 1, 1), ("max", graph.max_batch, _chunk(graph))):
-            shapes = dict(zip(INPUTS, ((batch, length), (batch,), (batch,)), strict=True))
-            shapes |= {state.input: state.sized(batch, graph.max_length) for state in graph.states}
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(graph.inputs, (batch,)) | {"input_ids": (batch, length)}
+            shapes |= {state.input: state.sized(batch, graph.rows(graph.max_length)) for state in graph.states}
             bounds[f"trt_profile_{name}_shapes"] = ",".join(
                 f"{key}:{'x'.join(map(str, shape))}" for key, shape in shapes.items()
             )
@@ -79,7 +79,7 @@ def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, s
 
 
 def _chunk(graph: Graph) -> int:
-    return min(CHUNK, graph.max_length)
+    return min(CHUNK, graph.chunk)
 
 
 class OnnxGpuSession(GpuSession):
@@ -90,14 +90,14 @@ class OnnxGpuSession(GpuSession):
         fixed = provider == "tensorrt"
         super().__init__(
             artifact, device, graph.max_batch, (graph.max_length,) if fixed else graph.capacities,
-            _chunk(graph) if fixed else graph.max_length,
+            _chunk(graph) if fixed else graph.chunk,
         )  # fmt: skip
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is in the exceptions
         if threads is not None:
             options.intra_op_num_threads = threads
         if fixed:
-            options.add_free_dimension_override_by_name("capacity", graph.max_length)
+            options.add_free_dimension_override_by_name("capacity", graph.rows(graph.max_length))
         path = artifact.path / graph.file
         try:
             self.session: Any = onnxruntime.InferenceSession(
@@ -125,25 +125,30 @@ class OnnxGpuSession(GpuSession):
         def bind(to: Any, name: str, dtype: str, shape: tuple[int, ...], address: int) -> None:
             to(name, "cuda", 0, ELEMENTS[dtype], shape, address)
 
-        for name, (shape, address) in zip(INPUTS, self.input_bindings(length), strict=True):
+        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
             bind(binding.bind_input, name, "int64", shape, address)
         rows = length if self.graph.logits == "all" else 1
         logits = (self.batch, rows, self.graph.vocabulary)
         bind(binding.bind_output, "logits", self.graph.dtype, logits, self.addresses["logits"])
         for state in self.graph.states:
-            shape, address = state.sized(self.batch, self.capacity), self.addresses[state.input]
+            shape = state.sized(self.batch, self.graph.rows(self.capacity))
+            address = self.addresses[state.input]
             bind(binding.bind_input, state.input, state.dtype, shape, address)
             bind(binding.bind_output, state.output, state.dtype, shape, address)
         return binding
 
     def grow(self, capacity: int) -> None:
         """New caches, into which the old ones are copied row by row, on the device."""
-        batch, old, before = self.batch, self.capacity, self.addresses
+        batch, old, before = self.batch, self.graph.rows(self.capacity), self.addresses
+        rows = self.graph.rows(capacity)
+        if rows == old:
+            self.capacity = capacity
+            return
         self.addresses = {}
         try:
             self.allocate(batch, capacity)
             for state in self.graph.states:
-                small, large = state.sized(batch, old), state.sized(batch, capacity)
+                small, large = state.sized(batch, old), state.sized(batch, rows)
                 at = state.shape.index("capacity") if "capacity" in state.shape else 0
                 width = np.dtype(STORAGE[state.dtype]).itemsize
                 sizes = [prod(shape[at:]) * width for shape in (small, large)]

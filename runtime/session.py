@@ -4,15 +4,17 @@ B batch, S new tokens, C cache capacity, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from .artifact import ELEMENTS, INPUTS, Artifact, State
+from .artifact import ELEMENTS, Artifact, State
 from .errors import ArtifactError
 from .memory import check_memory
+from .window import Dropping
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -39,32 +41,38 @@ class OnnxSession:
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
-        self.chunk = self.graph.max_length
+        self.chunk = self.graph.chunk
         self.batch = self.capacity = 0
+        self.dropping: Dropping | None = None
         self.caches: list[np.ndarray] = []
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
-        self._check_memory(self.graph.states, batch, capacity, freed=sum(cache.nbytes for cache in self.caches))
-        self._hold([_zeros(state.sized(batch, capacity), state.dtype) for state in self.graph.states], batch, capacity)
+        rows = self.graph.rows(capacity)
+        self._check_memory(self.graph.states, batch, rows, freed=sum(cache.nbytes for cache in self.caches))
+        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
+        self._hold([_zeros(state.sized(batch, rows), state.dtype) for state in self.graph.states], batch, capacity)
 
     def grow(self, capacity: int) -> None:
         """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
-        growing = [state for state in self.graph.states if "capacity" in state.shape]
-        self._check_memory(growing, self.batch, capacity)
+        rows = self.graph.rows(capacity)
+        if rows == self.graph.rows(self.capacity):
+            self.capacity = capacity
+            return
+        self._check_memory([state for state in self.graph.states if "capacity" in state.shape], self.batch, rows)
         grown = []
         for state, old in zip(self.graph.states, self.caches, strict=True):
             new = old
             if "capacity" in state.shape:
-                new = _zeros(state.sized(self.batch, capacity), state.dtype)
+                new = _zeros(state.sized(self.batch, rows), state.dtype)
                 new[tuple(slice(size) for size in old.shape)] = old
             grown.append(new)
         self._hold(grown, self.batch, capacity)
 
-    def _check_memory(self, states: Sequence[State], batch: int, capacity: int, freed: int = 0) -> None:
-        size = sum(prod(state.sized(batch, capacity)) * np.dtype(STORAGE[state.dtype]).itemsize for state in states)
-        check_memory(size, f"caches for {batch} slots of {capacity} tokens", freed)
+    def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
+        size = sum(prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize for state in states)
+        check_memory(size, f"caches for {batch} slots of {rows} tokens", freed)
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
@@ -84,13 +92,23 @@ class OnnxSession:
         Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
         With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
         """
-        found = self._run(None, input_ids, cache_lengths, sequence_lengths)
+        lengths = self._make_room(cache_lengths, input_ids.shape[1])
+        found = self._run(None, input_ids, lengths[0], sequence_lengths, *lengths[1:])
         return likeliest_ids(found) if likeliest else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
-        length = np.array([input_ids.size])
-        return self._run(slot, input_ids[None], cache_lengths[slot : slot + 1], length)[0]
+        lengths = self._make_room(cache_lengths[slot : slot + 1], input_ids.size, slot)
+        return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+
+    def _make_room(self, cache_lengths: np.ndarray, length: int, first: int = 0) -> list[np.ndarray]:
+        """Rows taken in each slot's caches and, where there is a window, tokens dropped; see `Dropping.make_room`."""
+        if self.dropping is None:
+            return [cache_lengths]
+        return self.dropping.make_room(cache_lengths, length, self._part, first)
+
+    def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
+        return nullcontext(self.caches[self.graph.states.index(state)][slot])
 
     def _run(self, slot: int | None, *values: np.ndarray) -> np.ndarray:
         length = values[0].shape[1]
@@ -112,8 +130,9 @@ class OnnxSession:
         """Buffers for steps of S = `length` tokens of all slots or of one, bound once: the inputs, and the logits."""
         binding = self.session.io_binding()
         batch, part = (self.batch, slice(None)) if slot is None else (1, slice(slot, slot + 1))
-        inputs = [np.zeros(shape, np.int64) for shape in ((batch, length), (batch,), (batch,))]
-        for name, buffer in zip(INPUTS, inputs, strict=True):
+        names = self.graph.inputs
+        inputs = [np.zeros((batch, length) if name == "input_ids" else batch, np.int64) for name in names]
+        for name, buffer in zip(names, inputs, strict=True):
             _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
         rows = length if self.graph.logits == "all" else 1
         logits = _zeros((batch, rows, self.graph.vocabulary), self.graph.dtype)

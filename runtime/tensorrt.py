@@ -5,11 +5,11 @@ B batch, S new tokens, C cache capacity.
 
 from typing import Any
 
-from .artifact import INPUTS, NEXT_IDS, Artifact, EngineFile
+from .artifact import NEXT_IDS, Artifact, EngineFile
 from .builders import how_to_install, import_builder, installed
 from .cuda import Device
 from .errors import ArtifactError, RequestError
-from .gpu import GpuSession, state_bytes
+from .gpu import GpuSession
 
 
 def choose_engine(artifact: Artifact) -> EngineFile:
@@ -104,7 +104,7 @@ class TensorRTSession(GpuSession):
         return context
 
     def sizes(self, batch: int, capacity: int) -> dict[str, int]:
-        own = {state.output: state_bytes(state, batch, capacity) for state in self.copied}
+        own = {state.output: self.state_bytes(state, batch, capacity) for state in self.copied}
         return {**super().sizes(batch, capacity), **own}
 
     def profile(self, length: int) -> int:
@@ -142,10 +142,11 @@ class TensorRTSession(GpuSession):
 
     def _bind(self, context: Any, length: int) -> None:
         """Set the shape and address of everything that a step of S = `length` tokens reads and writes."""
-        for name, (shape, address) in zip(INPUTS, self.input_bindings(length), strict=True):
+        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
             self._set(context, name, address, shape)
         for state in self.graph.states:
-            self._set(context, state.input, self.addresses[state.input], state.sized(self.batch, self.capacity))
+            shape = state.sized(self.batch, self.graph.rows(self.capacity))
+            self._set(context, state.input, self.addresses[state.input], shape)
             self._set(context, state.output, self.addresses.get(state.output, self.addresses[state.input]))
         for name in ("logits", NEXT_IDS):
             self._set(context, name, self.addresses[name])
@@ -161,7 +162,7 @@ class TensorRTSession(GpuSession):
         if not context.execute_async_v3(self.device.stream):
             raise RequestError(f"{self.file.builder} failed to run a step: {self._said()}")
         for state in self.copied:  # its output is a buffer of its own; the next step reads the input's
-            size = state_bytes(state, self.batch, self.capacity)
+            size = self.state_bytes(state, self.batch, self.capacity)
             self.device.copy(self.addresses[state.input], self.addresses[state.output], size)
         rows = length if self.graph.logits == "all" else 1
         self.device.download(self.host["next_ids"][: self.batch * rows], self.addresses[NEXT_IDS])

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .configuration import DogeConfig
@@ -163,20 +164,26 @@ def attend_packed(
 
 
 def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
-    """Of each query's visible keys, the `keep` with the largest biases: bool (B, Hm, S, L), never more than `keep`.
+    """The additive mask that leaves each query the `keep` visible keys with the largest biases: (B, Hm, S, L).
 
-    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. Of equal biases the later key goes first, so where all are equal
-    (A = 0, as training starts) what is kept is a sliding window. Top-k is asked only for the keep-th largest value,
-    and ties with it are counted, so the choice does not depend on how a machine sorts. With L <= keep every visible
-    key is kept.
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. A key that is kept has its bias there, every other one the dtype's
+    lowest number. Of equal biases the later key goes first, so where all are equal (A = 0, as training starts) what is
+    kept is a sliding window. Top-k is asked only for the keep-th largest value, and ties with it are counted, so the
+    choice does not depend on how a machine sorts. With L <= keep every visible key is kept.
     """
-    ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
-    count: int = torch.sym_min(keep, bias.shape[-1])  # type: ignore[assignment]
-    last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    larger, tied = ranked > last, ranked == last
-    # of a tied key: how many keys are larger, or equal and later
-    ahead = (larger | tied).sum(-1, keepdim=True, dtype=torch.int32) - tied.cumsum(-1, dtype=torch.int32)
-    return visible & (larger | tied & (ahead < keep))
+    lowest = torch.finfo(bias.dtype).min
+    ranked = torch.where(visible, bias, lowest)
+    length = visible.shape[-1]
+    if statically_known_true(length <= 2 * keep):  # where few are left out, those are fewer to look for
+        count: int = torch.sym_max(length - keep, 0) + 1  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    else:
+        count = torch.sym_min(keep, length)  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    tied = ranked == last
+    too_many = (ranked >= last).sum(-1, keepdim=True, dtype=torch.int32) - keep
+    early = tied & (tied.cumsum(-1, dtype=torch.int32) <= too_many)
+    return torch.where((ranked < last) | early, lowest, ranked)
 
 
 def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:

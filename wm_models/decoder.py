@@ -179,10 +179,12 @@ class DecoderModel(DecoderPreTrainedModel):
         cache_lengths: torch.Tensor,
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
+        dropped_lengths: torch.Tensor | None = None,
         pass_type: type[StepPass] = StepPass,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """As `DecoderForCausalLM.step`, but returns the hidden states (B, S, D) and the caches."""
-        run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], cache_lengths, sequence_lengths, caches)
+        lengths = cache_lengths, sequence_lengths
+        run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], *lengths, caches, dropped_lengths)
         return self.run(self.embed_tokens(input_ids), run)[0], run.written
 
 
@@ -281,6 +283,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         cache_lengths: torch.Tensor,
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
+        dropped_lengths: torch.Tensor | None = None,
         *,
         all_logits: bool = False,
         pass_type: type[StepPass] = StepPass,
@@ -290,10 +293,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         input_ids (B, S) int64, right-padded; cache_lengths (B) int64, the tokens each slot already holds;
         sequence_lengths (B) int64, each slot's real new tokens (0: the slot is idle and keeps its content).
         cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
-        cache_lengths + S <= C. Returns logits (B, 1, V) of each slot's last real token, or (B, S, V) with
-        `all_logits`, and the caches, which `StepPass` writes in place.
+        cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were taken
+        out since, see `StepPass`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's last real
+        token, or (B, S, V) with `all_logits`, and the caches, which `StepPass` writes in place.
         """
-        hidden, caches = self.model.step(input_ids, cache_lengths, sequence_lengths, caches, pass_type)
+        lengths = cache_lengths, sequence_lengths
+        hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, pass_type)
         if not all_logits:
             last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
             hidden = hidden.gather(1, last)

@@ -127,7 +127,7 @@ class CachedPass:
         if mask is not None:
             biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]
             if packed_key.shape[2] > self.keep:
-                mask = keep_largest(biases, mask, self.keep)
+                mask = keep_largest(biases, mask, self.keep) > torch.finfo(biases.dtype).min
             if self.ratio:
                 mask = drop_smallest(biases, mask, self.lengths, self.ratio)
             if mask.shape[1] != 1:
@@ -143,8 +143,13 @@ def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
 class StepPass:
     """A chunk of new tokens for each slot of static caches, which are written in place.
 
-    Tokens are placed at each slot's own `cache_lengths`. Key j is visible to new token s when
+    Tokens are placed at each slot's own `cache_lengths`. Row j is visible to new token s when
     j <= cache_lengths + s: rows beyond a slot's length are never seen, so padded tokens may leave anything there.
+
+    A key that is not among the w with the largest biases is not among them later either. So whoever owns the caches may
+    take such rows out and move the others together, in their order; `dropped_lengths` then says how many positions
+    went before the first row. With a sliding window or a dropped share of keys, which rows go on mattering is another
+    question, and none may be taken out.
     """
 
     def __init__(
@@ -155,24 +160,29 @@ class StepPass:
         cache_lengths: torch.Tensor,
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
+        dropped_lengths: torch.Tensor | None = None,
     ):
         self.caches, self.keep, self.ratio = caches, config.keep_window_size, config.dynamic_mask_ratio
         self.lengths = cache_lengths + sequence_lengths
         self.written: list[LayerCache] = []
         self.hidden: torch.Tensor | None = None
         steps = torch.arange(length, device=cache_lengths.device)
-        self.positions = cache_lengths[:, None] + steps  # (B, S)
-        self.rotation = rotary(self.positions, self.lengths)
+        places = positions = cache_lengths[:, None] + steps  # (B, S): rows of the caches, and positions in the sequence
+        if dropped_lengths is not None:
+            positions = places + dropped_lengths[:, None]
+            self.rotation = rotary(positions, self.lengths + dropped_lengths)
+        else:
+            self.rotation = rotary(positions, self.lengths)
         self.real = (steps < sequence_lengths[:, None])[:, None]  # (B, 1, S)
-        self.first = (self.positions == 0)[:, None] & self.real
+        self.first = (positions == 0)[:, None] & self.real
         # without an attention layer there is no capacity, and nothing of what follows is read
         capacity = next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), length)
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
         self.start = cache_lengths.clamp(max=capacity - length)
         rows = torch.arange(capacity, device=cache_lengths.device)
-        self.visible = rows <= self.positions[:, None, :, None]  # (B, 1, S, C)
+        self.visible = rows <= places[:, None, :, None]  # (B, 1, S, C)
         if config.sliding_window is not None:
-            self.visible = self.visible & (rows > self.positions[:, None, :, None] - config.sliding_window)
+            self.visible = self.visible & (rows > places[:, None, :, None] - config.sliding_window)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
@@ -206,17 +216,19 @@ class StepPass:
         lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
         fits = statically_known_true(biases.shape[3] <= self.keep)
-        visible = self.visible if fits else keep_largest(biases, self.visible, self.keep)
+        kept = None if fits else keep_largest(biases, self.visible, self.keep)
         if self.ratio:
+            visible = self.visible if kept is None else kept > lowest
             mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
-        elif fits:
+        elif kept is None:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(visible, biases.new_zeros(()), lowest)
+                self.hidden = torch.where(self.visible, biases.new_zeros(()), lowest)
             mask = biases + self.hidden
         else:
-            mask = torch.where(visible, biases, lowest)
-        if mask.shape[1] != query.shape[1]:
-            mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+            mask = kept
+        groups = query.shape[1] // mask.shape[1]
+        if groups > 1:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
         return self.attend_masked(query, cache.key, cache.value, mask)
 
     def attend_masked(

@@ -12,8 +12,8 @@ from conftest import SMALL, ours, randomise, rival
 
 from export import export_onnx
 from export.artifact import describe, parameter_count, save_graph, write_manifest
-from export.graph import lower
-from export.onnx import DTYPES
+from export.graph import cache_window, lower
+from export.onnx import DTYPES, SPARE
 from runtime.artifact import Artifact, read_artifact
 from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
@@ -21,7 +21,8 @@ HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}
 VARIANTS = {
     "dense": ({}, {}),
     "biased, untied": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
-    "selection": ({"keep_window_size": 40}, {}),
+    "selection": ({"keep_window_size": 40}, {"max_length": 256}),
+    "window": ({"keep_window_size": 24}, {"spare": 16}),
     "sliding window": ({"sliding_window": 20}, {}),
     "experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
     "dynamic rope": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -54,14 +55,17 @@ def save_checkpoint(directory: Path, tokenizer: bool = False, logit_scale: float
     return directory
 
 
-def lowered(directory: Path, model, dtype: str = "fp32", max_batch: int = 4, max_length: int = 64) -> Artifact:
+def lowered(
+    directory: Path, model, dtype: str = "fp32", max_batch: int = 4, max_length: int = 64, spare: int = SPARE
+) -> Artifact:
     """An artifact of `model`, which is used up, without its comparison with the eager model: for what comes after."""
     directory.mkdir(parents=True)
     config, parameters = model.config.to_dict(), parameter_count(model)
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    graph = lower(model.to(dtype=DTYPES[dtype]), max_batch=max_batch, max_length=max_length, all_logits=False)
+    window = cache_window(model.config, max_length, spare)
+    bounds = {"max_batch": max_batch, "max_length": max_length, "window": window}
+    graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
-    bounds = {"max_batch": max_batch, "max_length": max_length}
     write_manifest(directory, describe(graph, config, parameters, dtype=name, logits="last", **bounds), verified=True)
     return read_artifact(directory)
 

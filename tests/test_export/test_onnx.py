@@ -10,6 +10,7 @@ import torch
 
 from export import ExportError, artifact, export_onnx, graph, verify
 from runtime import ArtifactError, load
+from runtime.artifact import INPUTS
 from test_export.conftest import VARIANTS, save_checkpoint
 from wm_models import CheemsForCausalLM, DogeForCausalLM
 
@@ -27,7 +28,7 @@ def test_verified(exported, name):
 
 
 def test_plan_covers_what_is_promised(exported):
-    _, _, verdicts = exported("selection")
+    _, _, verdicts = exported("window")
     names = " ".join(verdict.case for verdict in verdicts)
     for word in ("prompt 1,", "prompt 17,", "prompt 128,", "64 steps", "prompt 72", "ragged", "idle", "bucket"):
         assert word in names
@@ -51,7 +52,7 @@ def test_inputs_and_outputs_are_the_manifests(exported):
     _, directory, _ = exported("dense")
     model, manifest = ir.load(directory / "model.onnx").graph, json.loads((directory / "manifest.json").read_text())
     states = manifest["graph"]["states"]
-    assert [v.name for v in model.inputs] == [*graph.INPUTS, *(state["input"] for state in states)]
+    assert [v.name for v in model.inputs] == [*INPUTS, *(state["input"] for state in states)]
     assert [v.name for v in model.outputs] == ["logits", *(state["output"] for state in states)]
     assert states[0]["shape"] == ["batch", 2, "capacity", 16]
 

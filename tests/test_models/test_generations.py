@@ -26,7 +26,8 @@ def topk_choice(bias, visible, keep):
     """The keys that the reference kept: those its top-k named, whatever its order of equals."""
     ranked = torch.where(visible, bias, torch.finfo(bias.dtype).min)
     index = ranked.topk(keep, dim=-1, sorted=False).indices
-    return visible & torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, index, True)
+    chosen = visible & torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, index, True)
+    return torch.where(chosen, bias, torch.finfo(bias.dtype).min)
 
 
 @torch.no_grad()
@@ -50,8 +51,8 @@ def test_keep_window_differs_among_equals_only(tmp_path, monkeypatch):
     def compared(bias, visible, keep):
         nonlocal other
         mine, theirs = keep_largest(bias, visible, keep), topk_choice(bias, visible, keep)
-        last = torch.where(theirs, bias, torch.inf).amin(-1, keepdim=True)
-        assert (bias == last)[mine != theirs].all()
+        last = torch.where(theirs > torch.finfo(bias.dtype).min, bias, torch.inf).amin(-1, keepdim=True)
+        assert (bias == last).expand_as(mine)[mine != theirs].all()
         other += int((mine != theirs).sum())
         return theirs
 
