@@ -16,7 +16,7 @@ from .artifact import check_free, describe, parameter_count, replacing, save_gra
 from .errors import ExportError
 from .graph import cache_window, lower
 from .numbers import check_biases, check_weights
-from .quantize import BITS, ROWS, quantize_graph, written_text
+from .quantize import BITS, LENGTH, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
 from .verify import Comparison, check, check_quantized, record_verdicts, references
 
@@ -115,7 +115,7 @@ def _quantized(
     manifest = describe(graph, config, 0, dtype="float32", **{**sizes, "max_batch": ROWS})
     write_manifest(exact, manifest, verified=False)
     stage("writing text with the float32 model")
-    text = written_text(load(exact, allow_unverified=True)) if bits < 8 else None
+    text = written_text(load(exact, allow_unverified=True), LENGTH) if bits < 8 else None
     stage("quantising")
     return quantize_graph(exact, manifest["graph"]["file"], bits, text)
 

@@ -1,8 +1,9 @@
 """Weight-only quantisation of a lowered graph: blocks of 8-bit or 4-bit integers, one scale each.
 
 A weight W (N, K) becomes codes q (N, K) and scales s (N, K / block), W ≈ s·q, symmetric, so there are no zero points.
-8 bits round to nearest. 4 bits are chosen column by column, each column's error made good in the columns after it
-(GPTQ, arXiv 2210.17323), on text that the model wrote itself; a block's scale is the one that loses least.
+8 bits round to nearest. 4 bits are chosen so that the products with the weight change least on text that the model
+wrote itself: column by column, each column's error made good in the columns after it (GPTQ, arXiv 2210.17323), then
+scales and codes by turns.
 
     model.onnx      DequantizeLinear, then what was there: Gather, or Transpose and MatMul
     model.cpu.onnx  ONNX Runtime's own MatMulNBits and GatherBlockQuantized over the same bytes
@@ -33,13 +34,15 @@ BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
-ROWS, LENGTH = 16, 256  # of the text that activations are taken from
+LOOKED_UP = 0.3  # likewise, for a table whose rows are also embeddings: those must stay near, whatever reads them
+ROWS, LENGTH = 64, 128  # of the text that activations are taken from: many beginnings, which lose most
+CHUNK, STRIDE = 1024, 32  # rows and columns taken at a time, so that they stay in a core's cache
 
 
-def written_text(engine: Engine, seed: int = 0) -> np.ndarray:
+def written_text(engine: Engine, length: int = 256, seed: int = 0) -> np.ndarray:
     """Ids (B, S), int64, that the model itself writes at temperature 1, each row after a first id drawn at random."""
     rows, sampler = engine.graph.max_batch, Sampler(temperature=1.0, seed=seed)
-    length = min(LENGTH, engine.graph.max_length)
+    length = min(length, engine.graph.max_length)
     engine.reset()
     engine.reserve(rows, length)
     text = [np.random.default_rng(seed).integers(0, engine.graph.vocabulary, rows)]
@@ -55,11 +58,22 @@ class Use:
     weight: ir.Value
     transposed: bool  # stored (K, N), as a MatMul reads it
     products: list[ir.Node]
+    looked_up: bool = False
 
     @property
     def activation(self) -> str | None:
-        """What the weight is multiplied with; nothing where rows are only looked up."""
-        return self.products[0].inputs[0].name if self.products else None  # type: ignore[union-attr]
+        """What the weight is multiplied with; nothing where rows are only looked up.
+
+        Before the head's product one token is chosen: what it is chosen from stands for what it may be.
+        """
+        if not self.products:
+            return None
+        x = self.products[0].inputs[0]
+        assert x is not None
+        chooser = x.producer()
+        if chooser is not None and chooser.op_type == "GatherElements" and chooser.inputs[0] is not None:
+            x = chooser.inputs[0]
+        return x.name
 
     def matrix(self) -> np.ndarray:
         """(N, K), float32."""
@@ -84,7 +98,8 @@ def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
             use = Use(weight, True, nodes)
         elif kinds <= {"Gather", "Transpose"} and kinds:
             turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
-            use = Use(weight, False, [node for value in turned for node, _ in value.uses()])
+            products = [node for value in turned for node, _ in value.uses()]
+            use = Use(weight, False, products, looked_up="Gather" in kinds)
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
@@ -146,31 +161,78 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> tuple[torch
 
 
 def round_with_feedback(
-    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor
+    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor, damping: float = DAMPING
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales that keep W·x, for x of these second moments (K, K), rather than W (GPTQ)."""
-    weight, columns, largest = weight.clone(), weight.shape[1], 2 ** (bits - 1) - 1
+    """Codes and scales that keep W·x, for x of these second moments (K, K), rather than W.
+
+    GPTQ finds codes for the scales of `scale_search`; then the scales are fitted to the codes, each code is once more
+    set to its best while all others stand, and the scales are fitted again. The larger `damping`, a share of the
+    moments' mean diagonal, the nearer W itself is kept.
+    """
     moments = moments.double()
-    damping = DAMPING * moments.diagonal().mean().clamp(min=1e-12)
-    inverse = torch.linalg.inv(moments + damping * torch.eye(columns, dtype=torch.float64))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    importance = moments.diagonal().float() + float(damping)
-    codes, scales = torch.empty_like(weight), []
-    for start in range(0, columns, block):
-        end = start + block
-        scale = scale_search(weight[:, start:end], importance[start:end], largest)
-        scales.append(scale)
-        part, errors = weight[:, start:end].clone(), []
-        for at in range(block):
-            column = part[:, at : at + 1]
-            code = (column / scale).round().clamp(-largest - 1, largest)
-            codes[:, start + at] = code[:, 0]
-            row = upper[start + at, start + at : end][None]
-            error = (column - code * scale) / row[:, :1]
-            part[:, at:] -= error * row
-            errors.append(error)
-        weight[:, end:] -= torch.cat(errors, dim=1) @ upper[start:end, end:]
-    return codes, torch.cat(scales, dim=1)
+    moments += damping * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moments), dtype=torch.float64)
+    order = moments.diagonal().argsort(descending=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(moments[order][:, order]), upper=True).float()
+    importance, lowest, highest = moments.diagonal().float().split(block), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    found = []
+    for rows in weight.split(CHUNK):
+        parts = zip(rows.split(block, dim=1), importance, strict=True)
+        scales = torch.cat([scale_search(part, weights, highest) for part, weights in parts], dim=1)
+        codes = _feed_back(rows, scales.repeat_interleave(block, 1), order, upper, lowest, highest)
+        scales = _fitted(rows, codes, scales, moments)
+        codes = _descend(rows, codes, scales.repeat_interleave(block, 1), moments.float(), lowest, highest)
+        found.append((codes, _fitted(rows, codes, scales, moments)))
+    codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return codes, scales
+
+
+def _feed_back(
+    weight: torch.Tensor, scales: torch.Tensor, order: torch.Tensor, upper: torch.Tensor, lowest: int, highest: int
+) -> torch.Tensor:
+    """GPTQ: the columns in `order`, those of the largest activations first, each one's error made good in the rest.
+
+    weight, scales and result (N, K); upper (K, K), the Cholesky factor of the ordered moments' inverse.
+    """
+    weight, scales, codes = weight[:, order], scales[:, order], torch.empty_like(weight)
+    for start in range(0, len(order), STRIDE):
+        end, errors = min(start + STRIDE, len(order)), []
+        for at in range(start, end):
+            code = (weight[:, at] / scales[:, at]).round().clamp(lowest, highest)
+            codes[:, order[at]] = code
+            errors.append((weight[:, at] - code * scales[:, at]) / upper[at, at])
+            weight[:, at:end] -= errors[-1][:, None] * upper[at, at:end]
+        weight[:, end:] -= torch.stack(errors, dim=1) @ upper[start:end, end:]
+    return codes
+
+
+def _fitted(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """The scales (N, K / block) that lose least with these codes (N, K): for each row, one linear system.
+
+    A scale that would leave the range from half to twice its old value stays as it was.
+    """
+    rows, blocks = scales.shape
+    codes = codes.double().view(rows, blocks, -1)
+    products = moments.view(blocks, codes.shape[2], blocks, -1)
+    system = torch.einsum("nab,abcd,ncd->nac", codes, products, codes)
+    ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)  # a row may be all zeros
+    system += ridge[:, None, None] * torch.eye(blocks)
+    target = (codes * (weight.double() @ moments).view_as(codes)).sum(-1)
+    fitted = torch.linalg.solve(system, target).float()
+    return torch.where((fitted > scales / 2) & (fitted < scales * 2), fitted, scales)
+
+
+def _descend(
+    weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor, lowest: int, highest: int
+) -> torch.Tensor:
+    """Coordinate descent: column by column, the code that loses least given all others. All (N, K)."""
+    codes = codes.clone()
+    slope = (weight - codes * scales) @ moments  # of the loss, halved and with its sign turned
+    for at in range(codes.shape[1]):
+        step = slope[:, at] / (moments[at, at] * scales[:, at])
+        code = (codes[:, at] + step).round().clamp(lowest, highest)
+        slope -= ((code - codes[:, at]) * scales[:, at])[:, None] * moments[at]
+        codes[:, at] = code
+    return codes
 
 
 def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | None) -> ir.Model:
@@ -189,7 +251,8 @@ def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | Non
         block = block_size(weight.shape[1], bits)
         assert block is not None
         if use.activation in moments:
-            codes, scales = round_with_feedback(weight, bits, block, moments[use.activation])
+            damping = LOOKED_UP if use.looked_up else DAMPING
+            codes, scales = round_with_feedback(weight, bits, block, moments[use.activation], damping)
         else:
             codes, scales = round_to_nearest(weight, bits, block)
         _replace(graph, use, codes.numpy(), scales.numpy(), block, bits)

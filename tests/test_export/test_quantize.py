@@ -1,13 +1,29 @@
 """Quantised weights: the rounding, the two graphs over one file, and what it costs."""
 
+import shutil
+import sysconfig
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, export_onnx
-from export.quantize import block_size, round_to_nearest, round_with_feedback, scale_search
+from export.quantize import (
+    block_size,
+    quantizable,
+    round_to_nearest,
+    round_with_feedback,
+    scale_search,
+    second_moments,
+)
+from runtime import load
+from wm_models import shipped_checkpoint
+from wm_models.shipped import TRAINED
+from wm_models.training import Recipe
 
 
 def dequantized(codes, scales):
@@ -42,15 +58,78 @@ def test_feedback_loses_less_of_the_product():
     assert errors["feedback"] < 0.5 * errors["nearest"]
 
 
-def test_feedback_without_correlation_is_a_scale_search():
-    """Where inputs are independent no error can be made good elsewhere: each weight is rounded on its own."""
+def test_feedback_without_correlation_rounds_each_weight_on_its_own():
+    """Where inputs are independent no error can be made good elsewhere; the scales lose least for these codes."""
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    weight[7] = 0
     codes, scales = round_with_feedback(weight, 4, 64, 1e6 * torch.eye(128))
-    for start in (0, 64):
-        part = weight[:, start : start + 64]
-        scale = scale_search(part, torch.ones(64), 7)
-        torch.testing.assert_close(scales[:, start // 64, None], scale)
-        torch.testing.assert_close(codes[:, start : start + 64], (part / scale).round().clamp(-8, 7))
+    whole = scales.repeat_interleave(64, 1)
+    assert ((codes * whole - weight).abs() <= 0.51 * whole)[codes.abs() < 7].all()
+    parts = (weight[:, :64], weight[:, 64:])
+    searched = torch.cat([scale_search(part, torch.ones(64), 7) for part in parts], dim=1).repeat_interleave(64, 1)
+    nearest = (weight / searched).round().clamp(-8, 7) * searched
+    rest = torch.arange(40) != 7
+    assert ((codes * whole - weight).square().sum(1) < (nearest - weight).square().sum(1))[rest].all()
+    assert not codes[7].any()
+    torch.testing.assert_close(
+        (codes * (codes * whole - weight)).view(40, 2, 64).sum(-1), torch.zeros(40, 2), atol=2e-3, rtol=0
+    )
+
+
+def test_the_head_is_calibrated_on_every_token(exported, tmp_path):
+    """The graph chooses one token of a row before the head; its second moments are over all of them."""
+    directory = tmp_path / "exact"
+    shutil.copytree(exported("dense")[1], directory)
+    graph = ir.load(directory / "model.onnx")
+    (head,) = (use for use in quantizable(graph, 4) if use.looked_up)
+    assert head.activation is not None
+    text = np.random.default_rng(0).integers(0, 211, (3, 50))
+    moments = second_moments(graph, directory / "moments.onnx", text, [head.activation])[head.activation]
+    assert torch.linalg.matrix_rank(moments) == 64
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """The shipped model in float32."""
+    export_onnx(TRAINED, directory := tmp_path_factory.mktemp("exact") / "artifact")
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kl", "perplexity"), [("int8", 2e-3, 1.002), ("int4", 3e-2, 1.03)])
+def test_what_quantisation_costs_the_shipped_model(exact, tmp_path, name, kl, perplexity):
+    """On the export's own checks, and on files of the standard library that it was not trained on."""
+    verdicts = export_onnx(TRAINED, tmp_path / name, quantize=name)
+    assert all(verdict.passed for verdict in verdicts)
+    assert max(verdict.mean_kl for verdict in verdicts) <= kl
+    sizes = [(made / "model.onnx.data").stat().st_size for made in (tmp_path / name, exact)]
+    assert sizes[0] <= sizes[1] * {"int8": 0.29, "int4": 0.17}[name]
+    rows = held_out_rows(256)
+    expected, found = (log_probabilities(made, rows) for made in (exact, tmp_path / name))
+    assert (np.exp(expected) * (expected - found)).sum(-1).mean() <= kl
+    costs = [-np.take_along_axis(each[:, :-1], rows[:, 1:, None], -1).mean() for each in (expected, found)]
+    assert np.exp(costs[1] - costs[0]) <= perplexity
+
+
+def held_out_rows(length):
+    """Ids (B, length), of the middle of each file that the shipped model's recipe holds out."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shipped_checkpoint())
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [tokenizer((library / name).read_text())["input_ids"] for name in Recipe.load(TRAINED, {}).held_out]
+    starts = [(len(ids) - length) // 2 for ids in files]
+    return np.array([ids[at : at + length] for ids, at in zip(files, starts, strict=True) if at >= 0])
+
+
+def log_probabilities(directory, rows):
+    """(B, S, V), of a model that is told each row token by token."""
+    engine = load(directory)
+    logits = []
+    for part in np.array_split(rows, -(-len(rows) // engine.graph.max_batch)):
+        engine.reset()
+        engine.reserve(*part.shape)
+        logits.append(np.stack([engine.decode(column).copy() for column in part.T], axis=1))
+    logits = np.concatenate(logits).astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 def test_blocks():
