@@ -53,21 +53,27 @@ def measure(
         raise RequestError(f"--batch is {batch}; expected 1 to {engine.graph.max_batch}, the artifact's slots")
     prompt = np.random.default_rng(0).integers(0, engine.graph.vocabulary, prompt_length)
     on_cpu = isinstance(engine.session, OnnxSession)
-    floor = prefill_floor = None
+    floor = prefill_floor = batch_floor = product = None
     if on_cpu:
         floor = linear_floor(engine.artifact, threads)
         prefill_floor = linear_floor(engine.artifact, threads, tokens=prompt_length, steps=1)
+        product = large_product(threads)
+        if batch > 1:
+            batch_floor = linear_floor(engine.artifact, threads, batch=batch)
     _generate(engine, prompt, new_tokens)  # warms up, as the floors do themselves
-    prefills, steps, floors, prefill_floors, batched = [], [], [], [], []
+    prefills, steps, floors, prefill_floors, batched, batch_floors, rates = [], [], [], [], [], [], []
     for _ in range(rounds):
         prefill, decode = _generate(engine, prompt, new_tokens)
         prefills.append(prefill)
         steps.append(decode)
-        if floor is not None and prefill_floor is not None:
+        if floor is not None and prefill_floor is not None and product is not None:
             floors.append(floor())
             prefill_floors.append(prefill_floor())
+            rates.append(product())
         if batch > 1:
             batched.append(_generate(engine, prompt, new_tokens, batch)[1])
+        if batch_floor is not None:
+            batch_floors.append(batch_floor())
     wholes = [prefill + step * (new_tokens - 1) for prefill, step in zip(prefills, steps, strict=True)]
     result: Result = {
         "artifact": str(directory),
@@ -92,7 +98,12 @@ def measure(
         result["floor_steps_per_second"] = 1 / median(floors)
         result["share_of_floor"] = median(floor / step for floor, step in zip(floors, steps, strict=True))
         result["prefill_share_of_floor"] = median(f / p for f, p in zip(prefill_floors, prefills, strict=True))
-    del engine, floor, prefill_floor
+        work = linear_operations(engine.artifact, prompt_length)
+        result["product_flops"] = median(rates)
+        result["prefill_share_of_product"] = median(work / p / r for p, r in zip(prefills, rates, strict=True))
+    if batch_floors:
+        result["batch_floor_over_one"] = median(batch * f / b for f, b in zip(floors, batch_floors, strict=True))
+    del engine, floor, prefill_floor, batch_floor, product
     if on_cpu:
         result["peak_bytes"] = _peak_bytes(directory, prompt_length, threads)
         result["peak_over_weights"] = result["peak_bytes"] / result["weights_bytes"]
@@ -126,11 +137,15 @@ def render(result: Result, as_json: bool) -> None:
     if "batch" in result:
         table.add_row(f"decode, batch {result['batch']}", f"{result['batch_tokens_per_second']:.1f} tokens/s")
         table.add_row("times batch 1", f"{result['batch_over_one']:.2f}")
+    if "batch_floor_over_one" in result:
+        table.add_row("the floor's, likewise", f"{result['batch_floor_over_one']:.2f}")
     table.add_row("weights", f"{result['weights_bytes'] / 1e6:.0f} MB")
     if "share_of_floor" in result:
         table.add_row("floor: linear layers alone", f"{result['floor_steps_per_second']:.1f} steps/s")
         table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
         table.add_row("prefill as a share of its floor", f"{result['prefill_share_of_floor']:.0%}")
+        table.add_row("large float32 product", f"{result['product_flops'] / 1e9:.0f} GFLOP/s")
+        table.add_row("prefill, linear layers alone, of that rate", f"{result['prefill_share_of_product']:.0%}")
         table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
         table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
     for name, rival in result["rivals"].items():
@@ -140,11 +155,42 @@ def render(result: Result, as_json: bool) -> None:
     Console().print(table)
 
 
-def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps: int = 48) -> Callable[[], float]:
-    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step of `tokens`.
+def linear_operations(artifact: Artifact, tokens: int) -> int:
+    """Floating-point operations of the linear layers over `tokens` tokens, of which the head sees one."""
+    config = artifact.read_json("config.json")
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
+    weights = config["num_hidden_layers"] * hidden * (2 * hidden + 2 * narrow + 3 * inner)
+    return 2 * (weights * tokens + hidden * config["vocab_size"])
 
-    Their weights are random, in float32 or as the artifact's are quantised; the head sees one token. No graph of this
-    model can beat that with these kernels; attention, norms and caches come on top.
+
+def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
+    """A function that measures the rate of a float32 product of two square matrices: operations a second."""
+    from onnx import TensorProto, helper
+
+    square = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", square[:2], square[2:])
+    session = _session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads)
+    feed = dict(zip("ab", np.random.default_rng(0).standard_normal((2, size, size), np.float32), strict=True))
+
+    def run() -> float:
+        session.run(None, feed)
+        started = time.perf_counter()
+        for _ in range(8):
+            session.run(None, feed)
+        return 8 * 2 * size**3 / (time.perf_counter() - started)
+
+    return run
+
+
+def linear_floor(
+    artifact: Artifact, threads: int | None, tokens: int = 1, steps: int = 48, batch: int = 1
+) -> Callable[[], float]:
+    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step of `tokens` in
+    each of `batch` slots.
+
+    Their weights are random, in float32 or as the artifact's are quantised; the head sees one token a slot. No graph of
+    this model can beat that with these kernels; attention, norms and caches come on top.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -185,18 +231,15 @@ def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps
     y = linear(join("Gather", [x, "last"], axis=1), hidden, vocabulary)
     graph = helper.make_graph(
         nodes, "floor",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, tokens, hidden])],
-        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 1, vocabulary])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, tokens, hidden])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [batch, 1, vocabulary])],
         weights,
     )  # fmt: skip
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)], ir_version=10
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": np.ones((1, tokens, hidden), np.float32)}
+    session = _session(model, threads)
+    feed = {"x": np.ones((batch, tokens, hidden), np.float32)}
 
     def run() -> float:
         session.run(None, feed)
@@ -206,6 +249,13 @@ def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps
         return (time.perf_counter() - started) / steps
 
     return run
+
+
+def _session(model: Any, threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _generate(engine: Engine, prompt: np.ndarray, new_tokens: int, batch: int = 1) -> tuple[float, float]:
