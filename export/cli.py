@@ -22,10 +22,15 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 
+Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
+Out = Annotated[Path, typer.Option(help="The artifact directory to write.")]
+Seed = Annotated[int, typer.Option(help="Of a preset's random weights.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")]
+
 
 @app.command()
 def onnx(
-    out: Annotated[Path, typer.Option(help="The artifact directory to write.")],
+    out: Out,
     source: Annotated[
         str, typer.Argument(help="A checkpoint directory, the shipped model, or a preset's name for random weights.")
     ] = TRAINED,
@@ -34,10 +39,8 @@ def onnx(
     max_length: Annotated[int | None, typer.Option(help="Most tokens a slot holds. Default: all RoPE allows.")] = None,
     max_batch: Annotated[int, typer.Option(help="Most slots a step serves.")] = 8,
     logits: Annotated[str, typer.Option(help="Logits of the last real token, or of all.")] = "last",
-    seed: Annotated[int, typer.Option(help="Of a preset's random weights.")] = 0,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")
-    ] = False,
+    seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Write an ONNX artifact and verify it against the eager model."""
     with console.status("") as status:
@@ -52,7 +55,7 @@ def onnx(
 @app.command()
 def tensorrt(
     source: Annotated[str, typer.Argument(help="An artifact, a checkpoint directory, or a preset's name.")],
-    out: Annotated[Path, typer.Option(help="The artifact directory to write.")],
+    out: Out,
     builder: Annotated[str, typer.Option(help="auto, tensorrt (needs a GPU) or tensorrt-rtx (needs none).")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp32, or the artifact's.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most slots a step serves. Default: 8, or as exported.")] = None,
@@ -61,10 +64,8 @@ def tensorrt(
     compute_capability: Annotated[
         str, typer.Option(help="GPUs to build for, as 8.6,8.9. Default: all from 8.0 on, or the GPU at hand.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of a preset's random weights.")] = 0,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace what --out holds, once the new one is whole.")
-    ] = False,
+    seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Build a TensorRT engine into an artifact, and check its layers."""
     with console.status("") as status:
@@ -92,7 +93,7 @@ def tensorrt(
 
 @app.command("verify")
 def verify_command(
-    directory: Annotated[Path, typer.Argument(help="An artifact directory.")],
+    directory: Directory,
     source: Annotated[str | None, typer.Option(help="The checkpoint, where it has moved since the export.")] = None,
 ) -> None:
     """Compare an artifact with its eager model again."""
@@ -103,7 +104,7 @@ def verify_command(
 
 @app.command("sign")
 def sign_command(
-    directory: Annotated[Path, typer.Argument(help="An artifact directory.")],
+    directory: Directory,
     key: Annotated[Path, typer.Option(help="An Ed25519 private key's PEM file.")],
 ) -> None:
     """Sign an artifact, for those who load it with the public key."""
@@ -111,7 +112,7 @@ def sign_command(
 
 
 @app.command("inspect")
-def inspect_command(directory: Annotated[Path, typer.Argument(help="An artifact directory.")]) -> None:
+def inspect_command(directory: Directory) -> None:
     """Show an artifact's inputs, outputs, operators and sizes."""
     report = inspect_artifact(directory)
     console.print(report.summary)

@@ -13,10 +13,9 @@ from wm_models import (
     DogeForCausalLM,
     create,
     shipped_checkpoint,
-    shipped_tokenizer,
 )
 from wm_models.decoder import DecoderForCausalLM
-from wm_models.shipped import TRAINED
+from wm_models.shipped import ASSETS, TRAINED
 
 from .errors import ExportError
 
@@ -53,13 +52,12 @@ def load_model(source: str, seed: int) -> DecoderForCausalLM:
 def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
     """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
     model.config.save_pretrained(out)
-    source = _resolve(source)
-    if os.path.isdir(source):
-        for name in TOKENIZER_FILES:
-            if os.path.isfile(os.path.join(source, name)):
-                (out / name).write_bytes(Path(source, name).read_bytes())
-    elif source in PRESETS:
-        shipped_tokenizer().save_pretrained(out)
+    directory = Path(_resolve(source))
+    if not directory.is_dir() and source in PRESETS:
+        directory = ASSETS
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            (out / name).write_bytes((directory / name).read_bytes())
     if not (out / "generation_config.json").exists() and model.generation_config is not None:
         model.generation_config.save_pretrained(out)
 

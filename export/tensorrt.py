@@ -128,10 +128,6 @@ def add_engine(
 ) -> dict[str, Any]:  # fmt: skip
     """Build an engine into an artifact's directory, with its log; returns its entry, which no manifest has yet."""
     graph = artifact.graph
-    if graph.quantization != "none":
-        raise ExportError(
-            f"{artifact.path}: has {graph.quantization} weights; engines are built of exports without them"
-        )
     batch, capacity = max_batch or graph.max_batch, max_length or graph.max_length
     for option, value, most in (("--max-batch", batch, graph.max_batch), ("--max-length", capacity, graph.max_length)):
         if not 1 <= value <= most:

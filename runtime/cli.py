@@ -78,7 +78,11 @@ def generate(
 def bench(
     directory: Directory,
     against: Annotated[
-        list[str] | None, typer.Option(help="A rival to run beside it: transformers or torch-compile.")
+        list[str] | None,
+        typer.Option(
+            help="A rival to run beside it: transformers, transformers-compiled, mobius-onnx, torch-compile; "
+            "may be repeated."
+        ),
     ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
@@ -88,12 +92,23 @@ def bench(
     provider: Provider = "cpu",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw decode tokens/s over context length into this file, .png for one.")
+    ] = None,
 ) -> None:
-    """Measure prefill, decode and memory, beside the floor of the model's linear layers and beside rivals."""
-    from .bench import measure, render
+    """Measure start-up, prefill, decode and memory, beside the floor of the linear layers and beside rivals."""
+    from . import report
+    from .bench import measure
 
-    result = measure(directory, against or [], prompt_length, new_tokens, rounds, threads, batch, backend, provider)
-    render(result, as_json)
+    if plot is not None:
+        report.check_plot(plot)
+    result = measure(
+        directory, against or [], prompt_length, new_tokens, rounds, threads, batch, backend, provider,
+        by_context=plot is not None,
+    )  # fmt: skip
+    report.render(result, as_json)
+    if plot is not None:
+        report.plot(result, plot)
 
 
 def _generate_file(

@@ -3,6 +3,10 @@
 A protobuf message is a list of numbered fields, so little has to be known to walk it. Everything known is in the tables
 below; whatever is not there is refused: a field that is new, or given twice, could mean something else to another
 reader. Functions and training steps are refused too, and subgraphs but for the branches of an If, so no graph can loop.
+
+The reader is our own because a protobuf library passes over just that, fields it does not know and fields given twice,
+and because the runtime then needs neither `onnx` nor protobuf (38 ms and 12 MB to import). It is slower, 8 ms where
+`onnx` takes 0.3 ms for a graph of 24 layers, once a load.
 """
 
 from collections.abc import Iterator

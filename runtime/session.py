@@ -3,7 +3,9 @@
 B batch, S new tokens, C cache capacity, V vocabulary.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnxruntime
 
 from .artifact import ELEMENTS, Artifact, State
 from .errors import ArtifactError
+from .memory import check_memory
 from .window import Dropping
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -45,17 +48,19 @@ class OnnxSession:
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Empty caches for `batch` slots of `capacity` tokens."""
-        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
+        """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
         rows = self.graph.rows(capacity)
+        self._check_memory(self.graph.states, batch, rows, freed=sum(cache.nbytes for cache in self.caches))
+        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
         self._hold([_zeros(state.sized(batch, rows), state.dtype) for state in self.graph.states], batch, capacity)
 
     def grow(self, capacity: int) -> None:
-        """Caches of a larger capacity with the same content: one copy."""
+        """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
         rows = self.graph.rows(capacity)
         if rows == self.graph.rows(self.capacity):
             self.capacity = capacity
             return
+        self._check_memory([state for state in self.graph.states if "capacity" in state.shape], self.batch, rows)
         grown = []
         for state, old in zip(self.graph.states, self.caches, strict=True):
             new = old
@@ -64,6 +69,10 @@ class OnnxSession:
                 new[tuple(slice(size) for size in old.shape)] = old
             grown.append(new)
         self._hold(grown, self.batch, capacity)
+
+    def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
+        size = sum(prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize for state in states)
+        check_memory(size, f"caches for {batch} slots of {rows} tokens", freed)
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""

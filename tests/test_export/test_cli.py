@@ -27,7 +27,7 @@ def artifact(tmp_path_factory):
     return root / "artifact"
 
 
-def test_generate_verify_inspect_bench(artifact):
+def test_generate_verify_inspect_bench(artifact, tmp_path):
     done = command("runtime", "generate", artifact, "--prompt", "import ", "--max-new-tokens", 8)
     assert done.returncode == 0
     assert done.stdout.strip()
@@ -49,9 +49,16 @@ def test_generate_verify_inspect_bench(artifact):
         "transformers",
         "--batch",
         2,
+        "--plot",
+        tmp_path / "bench.png",
     )
     result = json.loads(command("runtime", "bench", artifact, *options).stdout)
     assert result["rivals"]["transformers"]["times_as_fast"] > 0
+    for measured in (result["contexts"], result["bandwidth_limits"], result["rivals"]["transformers"]["contexts"]):
+        assert list(measured) == ["128", "256", "300"]
+        assert all(rate > 0 for rate in measured.values())
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert 0 < result["load_seconds"] < result["first_token_seconds"]
     assert result["batch_over_one"] > 0
     assert result["weights_bytes"] < result["peak_bytes"]
 
@@ -78,6 +85,7 @@ def test_generate_verify_inspect_bench(artifact):
         ("runtime", ["generate", "ARTIFACT", "--prompt", ""], "empty"),
         ("runtime", ["bench", "ARTIFACT", "--against", "nothing"], "transformers"),
         ("runtime", ["bench", "ARTIFACT", "--prompt-length", "400"], "capacity"),
+        ("runtime", ["bench", "ARTIFACT", "--plot", "/nowhere/bench.png"], "/nowhere/bench.png"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(artifact, tmp_path, module, arguments, words):

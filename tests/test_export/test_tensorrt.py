@@ -84,6 +84,17 @@ def test_every_operator_becomes_its_layer(made, tmp_path, family, dtype):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_weights_stay_quantised(exported, tmp_path, name):
+    """The builder takes every DequantizeLinear as a layer of its own, over the codes."""
+    artifact = read_artifact(exported(name)[1])
+    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx", max_length=64)
+    nodes = Counter(node.op_type for node in ir.load(artifact.path / artifact.graph.file).graph)
+    assert engine["layers"]["counts"]["DEQUANTIZE"] == nodes["DequantizeLinear"] > 10
+    assert len(engine["layers"]["cache_updates"]) == nodes["TensorScatter"]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):

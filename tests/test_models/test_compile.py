@@ -76,6 +76,24 @@ def test_step_prefill_and_decode(model, tokens):
 
 
 @torch.no_grad()
+def test_a_share_of_the_keys_dropped(tokens):
+    """`dynamic_mask_ratio`, against the eager steps: how many keys go depends on each slot's length at each step."""
+    model = ours(rival(num_hidden_layers=1), dynamic_mask_ratio=0.25)
+    compiled = torch.compile(model.step, fullgraph=True)
+    caches, others = model.new_caches(3, 60), model.new_caches(3, 60)
+    held, new = torch.zeros(3, dtype=torch.int64), torch.tensor([30, 11, 23])
+    for step in range(10):
+        ids = tokens[:, :30] if step == 0 else tokens.gather(1, held[:, None])
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            found, caches = compiled(ids, held, new, caches)
+        expected, others = model.step(ids, held, new, others)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        held, new = held + new, torch.ones_like(new)
+    whole = torch.compile(model, fullgraph=True)(tokens, use_cache=False).logits
+    torch.testing.assert_close(whole, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_decode_over_transformers_static_cache(model, tokens):
     """What `generate` compiles: the forward pass over a StaticCache, its mask made outside."""
     cache = StaticCache(config=model.config, max_cache_len=100)

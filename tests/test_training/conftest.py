@@ -1,5 +1,7 @@
 """A corpus and a recipe small enough to train in seconds."""
 
+from pathlib import Path
+
 import pytest
 
 TINY = {
@@ -28,8 +30,11 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(folder: Path) -> Path:
     """A folder of four documents to train on and one to hold out."""
-    folder = tmp_path_factory.mktemp("corpus")
     for number in range(4):
         lines = (f"def function_{i}(value_{number}):\n    return value_{number} + {i * i}\n\n" for i in range(25))
         (folder / f"{number}.py").write_text("".join(lines))

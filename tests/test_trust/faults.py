@@ -1,14 +1,17 @@
-"""Make every change of a file fail while an artifact is written, and look at what is left.
+"""Make every change of a file fail while an artifact or a checkpoint is written, and look at what is left.
 
     PYTHONPATH=tests python -m test_trust.faults [JOB] [--every N] [--kills N] [--seed S]
 
-JOB is export, verify or sign. Each runs in a fork of this process, under a preloaded library (faults.c) that lets the
-n-th change fail with ENOSPC or EIO, or kills the process there; `--kills` more are killed at a random time. Afterwards
-the old artifact is there whole, or the new one; and running the job again succeeds and leaves nothing beside it.
+JOB is export, verify, sign or train. Each runs in a fork of this process, under a preloaded library (faults.c) that
+lets the n-th change fail with ENOSPC or EIO, or kills the process there; `--kills` more are killed at a random time.
+Afterwards the old artifact is there whole, or the new one; of a training run, its last checkpoint, whole, or the
+finished model. Running the job again succeeds, ends as if nothing had been, and leaves nothing beside it.
 """
 
 import argparse
+import ctypes
 import errno
+import json
 import os
 import random
 import shutil
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,42 +28,39 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from rich.console import Console
 
 from export import export_onnx, sign, verify
 from runtime.artifact import read_artifact
+from wm_models.training import Recipe, train
+from wm_models.training.trainer import KEPT_CHECKPOINTS
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "kill": 0}
 OLD, NEW = 60, 50  # the artifacts' capacities tell them apart
 LONGEST = 120.0  # seconds
+COUNT = "count"  # the file where a fork leaves how many changes it made
 
 
 class Jobs:
-    """What writes artifacts, made ready so that a fork has little to do but write."""
+    """What writes below `place`, made ready so that a fork has little to do but write."""
 
     def __init__(self, root: Path):
-        from test_trust.samples import make_checkpoint
-        from test_trust.test_signature import write_keys
-
         torch.set_num_threads(1)  # a fork has no other threads
-        self.root = root
-        self.place = root / "place"  # where changes are counted
+        self.root, self.place = root, root / "place"  # where changes are counted
         self.out = self.place / "out"
-        self.old, self.source = root / "old", make_checkpoint(root / "checkpoint")
-        self.key, _ = write_keys(root, "key")
-        export_onnx(self.source, self.old, max_length=OLD, max_batch=2)
         self.prepared = ExitStack()
-        self._remember("export.onnx.references", "export.onnx.lower")
-        export_onnx(self.source, root / "new", max_length=NEW, max_batch=2)
-        self._remember("export.verify.references")
-        self.reset()
-        verify(self.out)
-        self.jobs: dict[str, Callable[[], object]] = {
-            "export": lambda: export_onnx(self.source, self.out, max_length=NEW, max_batch=2, force=True),
-            "verify": lambda: verify(self.out),
-            "sign": lambda: sign(self.out, self.key),
-        }
+        self.jobs: dict[str, Callable[[], object]] = {}
 
-    def _remember(self, *names: str) -> None:
+    def reset(self) -> None:
+        """What is there before the job."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+
+    def check(self, name: str) -> str:
+        """Say what is left, after a second look at it: the job is run again. Raises AssertionError."""
+        raise NotImplementedError
+
+    def remember(self, *names: str) -> None:
         """Let these functions compute once: their results do not depend on the disk."""
         for name in names:
             module, function = name.rsplit(".", 1)
@@ -71,11 +72,6 @@ class Jobs:
                 return results[0]
 
             self.prepared.enter_context(mock.patch(name, once))
-
-    def reset(self) -> None:
-        shutil.rmtree(self.place, ignore_errors=True)
-        self.place.mkdir()
-        shutil.copytree(self.old, self.out)
 
     def run(self, name: str, at: int = 0, fault: int = 0, kill_after: float | None = None) -> int:
         """Run a job in a fork: its exit status, 0 done, 1 an OSError or ValueError, 2 anything else, -9 killed."""
@@ -89,8 +85,11 @@ class Jobs:
                 status = 0
             except (OSError, ValueError):
                 status = 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 del os.environ["FAULT_ROOT"]
+                (self.root / COUNT).write_text(str(ctypes.CDLL(None).fault_count()))
                 os._exit(status)
         started = time.monotonic()
         while True:
@@ -103,39 +102,128 @@ class Jobs:
                 kill_after = None
             time.sleep(0.002)
 
-    def check(self, name: str, status: int) -> str:
-        """What is left: the old artifact or the new, whole. Raises AssertionError for anything else."""
+
+class ArtifactJobs(Jobs):
+    """Over an old artifact: an export, a verification, a signature."""
+
+    def __init__(self, root: Path):
+        from test_trust.samples import make_checkpoint
+        from test_trust.test_signature import write_keys
+
+        super().__init__(root)
+        self.old, self.source = root / "old", make_checkpoint(root / "checkpoint")
+        self.key, _ = write_keys(root, "key")
+        export_onnx(self.source, self.old, max_length=OLD, max_batch=2)
+        self.remember("export.onnx.references", "export.onnx.lower")
+        export_onnx(self.source, root / "new", max_length=NEW, max_batch=2)
+        self.remember("export.verify.references")
+        self.reset()
+        verify(self.out)
+        self.jobs = {
+            "export": lambda: export_onnx(self.source, self.out, max_length=NEW, max_batch=2, force=True),
+            "verify": lambda: verify(self.out),
+            "sign": lambda: sign(self.out, self.key),
+        }
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.old, self.out)
+
+    def check(self, name: str) -> str:
         length = read_artifact(self.out).graph.max_length
         assert length in (OLD, NEW), length
         assert name == "export" or length == OLD
         beside = [path.name for path in self.place.iterdir() if path != self.out]
         # what a killed process could not remove, or a failing disk did not, is swept away by the next
         assert all(name.startswith(".out.") and name.endswith(".partial") for name in beside), beside
-        state = "old" if length == OLD else "new"
         assert self.run(name) == 0, "the job does not succeed afterwards"
         assert read_artifact(self.out).graph.max_length == (NEW if name == "export" else OLD)
         assert [path.name for path in self.place.iterdir()] == ["out"]
         left = sorted(path.name for path in self.out.iterdir() if path.name.startswith("."))
         assert not left, left
-        return state
+        return f"the {'old' if length == OLD else 'new'} artifact, whole"
+
+
+class TrainingJobs(Jobs):
+    """A run of three steps, a checkpoint after each, of which two are kept."""
+
+    def __init__(self, root: Path):
+        from test_training.conftest import TINY, write_corpus
+
+        super().__init__(root)
+        (root / "corpus").mkdir()
+        changed = {
+            "steps": 3,
+            "save_every": 1,
+            "device_batch_size": 4,
+            "model": {**TINY["model"], "num_hidden_layers": 1},
+        }
+        recipe = Recipe(**{**TINY, **changed, "data": [str(write_corpus(root / "corpus"))]})
+        self.expected = root / "expected"
+        silent = Console(quiet=True)
+        with mock.patch("wm_models.training.trainer.KEPT_CHECKPOINTS", 3):
+            train(recipe, self.expected, console=silent)
+        self.remember("wm_models.training.run.prepare")
+        train(recipe, root / "warm", console=silent)
+        # as a person does: with --resume once the run has begun
+        self.jobs = {"train": lambda: train(recipe, self.out, (self.out / "recipe.toml").exists(), silent)}
+
+    def check(self, name: str) -> str:
+        finished, last = self._finished(), self._last()
+        assert self.run(name) == 0, "the job does not succeed afterwards"
+        assert self._finished()
+        assert self._last() == 3
+        assert sorted(path.name for path in (self.out / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-3"]
+        for path in (self.out / "checkpoints").iterdir():
+            assert _history(path) == _history(self.expected / "checkpoints" / path.name)
+        assert _names(self.out) == _names(self.expected)
+        return "the finished model, whole" if finished else f"checkpoint {last}, whole" if last else "no checkpoint yet"
+
+    def _finished(self) -> bool:
+        """Whether there is a model that loads: then it must be the whole one."""
+        if not (self.out / "config.json").exists():
+            return False
+        _same(self.out, self.expected, set(_names(self.expected)) - {"checkpoints", "logs"})
+        return True
+
+    def _last(self) -> int:
+        """The last checkpoint's step, or 0. It is as it should be, and so is the one before it."""
+        folder = self.out / "checkpoints"
+        found = sorted(folder.glob("checkpoint-*")) if folder.exists() else []
+        for path in found[-KEPT_CHECKPOINTS:]:  # an older one is being deleted
+            expected = self.expected / "checkpoints" / path.name
+            assert _names(path) == _names(expected), path.name
+            _same(
+                path, expected, {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "tokenizer.json"}
+            )
+        return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _same(found: Path, expected: Path, names: set[str]) -> None:
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    """A run's losses so far, without what depends on the clock."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{key: entry[key] for key in ("step", "loss", "eval_loss") if key in entry} for entry in history]
+
+
+JOBS: dict[str, type[Jobs]] = {
+    "export": ArtifactJobs, "verify": ArtifactJobs, "sign": ArtifactJobs, "train": TrainingJobs,
+}  # fmt: skip
 
 
 def changes(jobs: Jobs, name: str) -> int:
     """How many changes of files the job makes."""
-    low, high = 0, 1
-    while True:  # the first number at which nothing fails any more
-        jobs.reset()
-        if jobs.run(name, high) == 0:
-            break
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        jobs.reset()
-        if jobs.run(name, middle) == 0:
-            high = middle
-        else:
-            low = middle
-    return low
+    jobs.reset()
+    assert jobs.run(name) == 0
+    return int((jobs.root / COUNT).read_text())
 
 
 def attack(jobs: Jobs, name: str, every: int, kills: int, seed: int) -> Counter[tuple[str, str]]:
@@ -147,7 +235,7 @@ def attack(jobs: Jobs, name: str, every: int, kills: int, seed: int) -> Counter[
             jobs.reset()
             status = jobs.run(name, at, fault)
             assert status in ((-signal.SIGKILL,) if kind == "kill" else (0, 1)), f"{kind} at {at}: exit status {status}"
-            outcomes[kind, jobs.check(name, status)] += 1
+            outcomes[kind, jobs.check(name)] += 1
     jobs.reset()
     started = time.monotonic()
     assert jobs.run(name) == 0
@@ -156,7 +244,7 @@ def attack(jobs: Jobs, name: str, every: int, kills: int, seed: int) -> Counter[
         jobs.reset()
         status = jobs.run(name, kill_after=draw.uniform(0, whole))
         assert status in (0, -signal.SIGKILL), status
-        outcomes["random kill", jobs.check(name, status)] += 1
+        outcomes["random kill", jobs.check(name)] += 1
     return outcomes
 
 
@@ -169,8 +257,8 @@ def preloaded(root: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make every change of a file fail while an artifact is written.")
-    parser.add_argument("job", choices=["export", "verify", "sign"], nargs="?", default="export")
+    parser = argparse.ArgumentParser(description="Make every change of a file fail while something is written.")
+    parser.add_argument("job", choices=JOBS, nargs="?", default="export")
     parser.add_argument("--every", type=int, default=1, help="let only every n-th change fail")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -180,9 +268,11 @@ def main() -> None:
             command = [sys.executable, "-m", "test_trust.faults", *sys.argv[1:]]
             sys.exit(subprocess.run(command, env=preloaded(Path(name)), check=False).returncode)
         started = time.monotonic()
-        outcomes = attack(Jobs(Path(name).resolve()), options.job, options.every, options.kills, options.seed)
+        outcomes = attack(
+            JOBS[options.job](Path(name).resolve()), options.job, options.every, options.kills, options.seed
+        )
         for (kind, state), count in sorted(outcomes.items()):
-            print(f"{options.job}: {count} times {kind}: the {state} artifact is there, whole")
+            print(f"{options.job}: {count} times {kind}, which left {state}")
         print(f"{outcomes.total()} faults, {time.monotonic() - started:.0f} s")
 
 

@@ -12,8 +12,8 @@ from test_trust.faults import preloaded
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler: cc builds the library that lets writes fail")
-@pytest.mark.parametrize(("job", "every"), [("export", "12"), ("verify", "12"), ("sign", "1")])
-def test_the_old_artifact_or_the_new_one(job, every, tmp_path):
+@pytest.mark.parametrize(("job", "every"), [("export", "12"), ("verify", "12"), ("sign", "1"), ("train", "50")])
+def test_what_is_there_is_whole(job, every, tmp_path):
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     command = [sys.executable, "-m", "test_trust.faults", job, "--every", every, "--kills", "3"]
     environment = {**preloaded(tmp_path), "PYTHONPATH": path}

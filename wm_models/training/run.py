@@ -38,7 +38,7 @@ from .recipe import Recipe
 from .report import Progressing, bits_per_byte, curves, draw, sample, save_report
 from .rows import Rows, pack, special_ids
 from .tokenizer import train_tokenizer
-from .trainer import STAGING, RowTrainer, last_checkpoint, training_arguments
+from .trainer import STAGING, RowTrainer, last_checkpoint, sweep, training_arguments
 
 MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -177,7 +177,7 @@ def _trainer(
 
 def _check_place(recipe: Recipe, out: Path, resume: bool) -> None:
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name != STAGING for path in out.iterdir())):
             raise TrainingError(f"{out}: is not empty; go on with --resume, or choose another --out")
         return
     if not (out / RECIPE).exists():
@@ -195,10 +195,13 @@ def _claim(recipe: Recipe, out: Path, digest: str) -> None:
         if written.read_text() != digest:
             raise TrainingError(f"{out}: was begun with other data; the tokens differ, though the recipe is the same")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        written.write_text(digest)
-        recipe.save(out / RECIPE)
-    shutil.rmtree(out / "checkpoints" / STAGING, ignore_errors=True)
+        folder = out / STAGING
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DIGEST).write_text(digest)
+        recipe.save(folder / RECIPE)
+        for name in (RECIPE, DIGEST):  # whoever finds a recipe can resume
+            os.replace(folder / name, out / name)
+    sweep(out / "checkpoints")
 
 
 def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict[str, Any]:
@@ -218,10 +221,13 @@ def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict
     }
     folder = out / STAGING
     shutil.rmtree(folder, ignore_errors=True)
-    model.to(SAVED_DTYPES[recipe.saved_dtype]).save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
-    draw(losses, folder / PICTURE)
-    save_report(folder / REPORT, values)
+    try:
+        model.to(SAVED_DTYPES[recipe.saved_dtype]).save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        draw(losses, folder / PICTURE)
+        save_report(folder / REPORT, values)
+    except Exception as error:  # as where checkpoints are written
+        raise TrainingError(f"{out}: the model cannot be written: {error}; then go on with --resume") from error
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     folder.rmdir()

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -75,6 +74,12 @@ def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> Traini
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in a run's folder of them, if there is one."""
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def sweep(folder: Path) -> None:
+    """Remove checkpoints before the last two, and what was not finished."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    rotate_checkpoints(output_dir=str(folder), save_total_limit=KEPT_CHECKPOINTS)
 
 
 class Conclusion(TrainerCallback):
@@ -169,7 +174,7 @@ class RowTrainer(Trainer):
         self.saving = True
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # what writes weights, tokenizer and optimizer raises kinds of its own
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             last = last_checkpoint(folder)
             raise TrainingError(
@@ -181,6 +186,5 @@ class RowTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / STAGING / name).rename(folder / name)
-            (folder / STAGING).rmdir()
-            rotate_checkpoints(output_dir=str(folder), save_total_limit=KEPT_CHECKPOINTS)
+            sweep(folder)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,48 @@
+"""What a bench compares with: rivals that are not there, and the bytes a step must read."""
+
+import pytest
+
+from export import rival
+from export.source import load_model
+from runtime import load
+from runtime.bench import measure
+from runtime.floor import step_bytes
+
+
+def test_a_rival_that_cannot_run_is_a_line_of_the_result(exported):
+    _, artifact, _ = exported("hybrid")
+    result = measure(artifact, ["transformers"], 8, 4, 1, 1)
+    assert result["rivals"] == {"transformers": {"failed": "transformers has no cheems"}}
+    assert result["decode_tokens_per_second"] > 0
+
+
+def test_a_rival_that_is_not_installed_names_its_package(exported, monkeypatch):
+    monkeypatch.setattr(rival, "find_spec", lambda name: None)
+    with pytest.raises(rival.Failed, match="pip install mobius-onnx"):
+        rival.mobius_run(exported("dense")[1], 64, 1)
+
+
+@pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "selection", "fp16"])
+def test_the_bytes_of_a_step(exported, name):
+    """Against the sum over the model's parameters that a step uses, and over the rows it attends to."""
+    model = load_model(str(exported(name)[0]), 0)
+    config, context = model.config, 100
+    width = 2 if name == "fp16" else 4
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if not config.tie_word_embeddings:
+        numbers -= model.model.embed_tokens.weight.numel()
+    for layer in model.model.layers if config.is_moe else []:
+        unread = config.num_experts - config.num_experts_per_tok
+        numbers -= 2 * unread * layer.mlp.down_embed.weight.shape[1]
+    kept = min(context, config.keep_window_size)
+    states = 0
+    for cache in model.new_caches(1, context):
+        for field, state in cache._asdict().items():
+            if field == "ssd":
+                states += 2 * 4 * state.numel()
+            elif field == "bias":
+                states += width * state.numel()
+            else:
+                states += width * state.numel() * kept // context
+    found = step_bytes(load(exported(name)[1]).artifact, context)
+    assert found == pytest.approx(width * numbers + states, rel=0.03)  # the files have constants too, and merged dt
