@@ -120,7 +120,7 @@ def step_bytes(artifact: Artifact, context: int) -> int:
     kept = min(context, config.get("keep_window_size", context))
     states = 0
     for state in graph.states:
-        rows = context if state.shape[-1] == 1 else kept  # biases are read to choose by
+        rows = graph.rows(context) if state.shape[-1] == 1 else kept  # biases are read to choose by
         size = prod(state.sized(1, rows)) * (4 if state.dtype == "float32" else 2)
         states += size if "capacity" in state.shape else 2 * size  # a state is written anew
     return weights + states
