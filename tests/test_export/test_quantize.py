@@ -12,7 +12,8 @@ import torch
 from conftest import ours, rival
 from transformers import PreTrainedTokenizerFast
 
-from export import ExportError, export_onnx, graph
+from export import ExportError, export_onnx
+from export.graph import OnnxPass
 from export.quantize import (
     block_size,
     quantizable,
@@ -83,8 +84,8 @@ def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.A)
     model.save_pretrained(tmp_path / "checkpoint")
-    attend = graph.OnnxPass.attend
-    monkeypatch.setattr(graph.OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
+    attend = OnnxPass.attend
+    monkeypatch.setattr(OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
     verdicts = export_onnx(tmp_path / "checkpoint", tmp_path / "out", quantize="int8", max_length=64, max_batch=2)
     assert [verdict.case for verdict in verdicts if not verdict.passed] == ["A drawn at random, prompts (33, 5)"]
 
