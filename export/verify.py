@@ -220,10 +220,18 @@ def references(
     limits = max_length, max_batch, window.rows if window else model.config.keep_window_size
     with watched_biases(model) as biases:
         answers = [Reference(model, plan(*limits))]
+    return answers + biases_in_sight(model, biases, limits), biases
+
+
+def biases_in_sight(
+    model: DecoderForCausalLM,
+    biases: dict[str, BiasRange],
+    limits: tuple[int, int, int],
+    text: np.ndarray | None = None,
+) -> list[Reference]:
+    """The answers with A drawn at random, none where the model has no such attention; `limits` of the `probe_plan`."""
     with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
-        if drawn:
-            answers.append(Reference(model, probe_plan(*limits), drawn))
-    return answers, biases
+        return [Reference(model, probe_plan(*limits), drawn, text)] if drawn else []
 
 
 def check(directory: Path, answers: list[Reference], report: Callable[[Comparison], None]) -> list[Comparison]:
@@ -242,8 +250,10 @@ def check_quantized(
     engine = load(directory, allow_unverified=True)
     graph, text = engine.graph, written_text(engine)
     rows = graph.window.rows if graph.window else model.config.keep_window_size
-    cases = plan(graph.max_length, graph.max_batch, rows)
-    verdicts = Reference(model, cases, text=text).check(engine, report)
+    limits = graph.max_length, graph.max_batch, rows
+    with watched_biases(model) as biases:
+        answers = [Reference(model, plan(*limits), text=text)]
+    verdicts = check(directory, answers + biases_in_sight(model, biases, limits, text), report)
     portable = replace(engine.artifact, graph=replace(graph, cpu_file=graph.file))
     few = [Case(f"{graph.file}, prompt 17, 4 steps", (min(17, graph.max_length - 4),), 4, (0,))]
     return verdicts + Reference(model, few, text=text).check(Engine(portable, OnnxSession(portable)), report)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .engine import Engine, load
 from .errors import RequestError
-from .floor import linear_floor, memory_bandwidth, step_bytes
+from .floor import large_product, linear_floor, linear_operations, memory_bandwidth, step_bytes
 from .session import OnnxSession
 
 RIVALS = ("transformers", "transformers-compiled", "mobius-onnx", "torch-compile")
@@ -49,21 +49,27 @@ def measure(
         raise RequestError(f"--batch is {batch}; expected 1 to {engine.graph.max_batch}, the artifact's slots")
     prompt = np.random.default_rng(0).integers(0, engine.graph.vocabulary, prompt_length)
     on_cpu = isinstance(engine.session, OnnxSession)
-    floor = prefill_floor = None
+    floor = prefill_floor = batch_floor = product = None
     if on_cpu:
         floor = linear_floor(engine.artifact, threads)
         prefill_floor = linear_floor(engine.artifact, threads, tokens=prompt_length, steps=1)
+        product = large_product(threads)
+        if batch > 1:
+            batch_floor = linear_floor(engine.artifact, threads, batch=batch)
     _generate(engine, prompt, new_tokens)  # warms up, as the floors do themselves
-    prefills, steps, floors, prefill_floors, batched = [], [], [], [], []
+    prefills, steps, floors, prefill_floors, batched, batch_floors, rates = [], [], [], [], [], [], []
     for _ in range(rounds):
         prefill, decode = _generate(engine, prompt, new_tokens)
         prefills.append(prefill)
         steps.append(decode)
-        if floor is not None and prefill_floor is not None:
+        if floor is not None and prefill_floor is not None and product is not None:
             floors.append(floor())
             prefill_floors.append(prefill_floor())
+            rates.append(product())
         if batch > 1:
             batched.append(_generate(engine, prompt, new_tokens, batch)[1])
+        if batch_floor is not None:
+            batch_floors.append(batch_floor())
     wholes = [prefill + step * (new_tokens - 1) for prefill, step in zip(prefills, steps, strict=True)]
     result: Result = {
         "artifact": str(directory),
@@ -88,6 +94,11 @@ def measure(
         result["floor_steps_per_second"] = 1 / median(floors)
         result["share_of_floor"] = median(floor / step for floor, step in zip(floors, steps, strict=True))
         result["prefill_share_of_floor"] = median(f / p for f, p in zip(prefill_floors, prefills, strict=True))
+        work = linear_operations(engine.artifact, prompt_length)
+        result["product_flops"] = median(rates)
+        result["prefill_share_of_product"] = median(work / p / r for p, r in zip(prefills, rates, strict=True))
+    if batch_floors:
+        result["batch_floor_over_one"] = median(batch * f / b for f, b in zip(floors, batch_floors, strict=True))
     contexts = _contexts(engine.graph.max_length) if by_context else []
     if by_context:
         result["contexts"] = {context: 1 / _context_seconds(engine, context) for context in contexts}
@@ -96,7 +107,7 @@ def measure(
         result["bandwidth"] = bandwidth = memory_bandwidth(bytes_[contexts[0]], threads)
         result["bandwidth_limits"] = {context: bandwidth / count for context, count in bytes_.items()}
     capacity = next(size for size in engine.graph.capacities if size >= max(prompt_length + new_tokens, *contexts, 0))
-    del engine, floor, prefill_floor
+    del engine, floor, prefill_floor, batch_floor, product
     if on_cpu:
         result |= _fresh_process(directory, prompt_length, threads)
         result["peak_over_weights"] = result["peak_bytes"] / result["weights_bytes"]

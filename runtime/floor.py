@@ -16,11 +16,42 @@ from .artifact import Artifact
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
 
-def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps: int = 48) -> Callable[[], float]:
-    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step of `tokens`.
+def linear_operations(artifact: Artifact, tokens: int) -> int:
+    """Floating-point operations of the linear layers over `tokens` tokens, of which the head sees one."""
+    config = artifact.read_json("config.json")
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
+    weights = config["num_hidden_layers"] * hidden * (2 * hidden + 2 * narrow + 3 * inner)
+    return 2 * (weights * tokens + hidden * config["vocab_size"])
 
-    Their weights are random, in float32 or as the artifact's are quantised; the head sees one token. No graph of this
-    model can beat that with these kernels; attention, norms and caches come on top.
+
+def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
+    """A function that measures the rate of a float32 product of two square matrices: operations a second."""
+    from onnx import TensorProto, helper
+
+    square = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", square[:2], square[2:])
+    session = _session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads)
+    feed = dict(zip("ab", np.random.default_rng(0).standard_normal((2, size, size), np.float32), strict=True))
+
+    def run() -> float:
+        session.run(None, feed)
+        started = time.perf_counter()
+        for _ in range(8):
+            session.run(None, feed)
+        return 8 * 2 * size**3 / (time.perf_counter() - started)
+
+    return run
+
+
+def linear_floor(
+    artifact: Artifact, threads: int | None, tokens: int = 1, steps: int = 48, batch: int = 1
+) -> Callable[[], float]:
+    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step of `tokens` in
+    each of `batch` slots.
+
+    Their weights are random, in float32 or as the artifact's are quantised; the head sees one token a slot. No graph of
+    this model can beat that with these kernels; attention, norms and caches come on top.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -61,15 +92,15 @@ def linear_floor(artifact: Artifact, threads: int | None, tokens: int = 1, steps
     y = linear(join("Gather", [x, "last"], axis=1), hidden, vocabulary)
     graph = helper.make_graph(
         nodes, "floor",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, tokens, hidden])],
-        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [1, 1, vocabulary])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, tokens, hidden])],
+        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [batch, 1, vocabulary])],
         weights,
     )  # fmt: skip
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)], ir_version=10
     )
     session = _session(model, threads)
-    feed = {"x": np.ones((1, tokens, hidden), np.float32)}
+    feed = {"x": np.ones((batch, tokens, hidden), np.float32)}
 
     def run() -> float:
         session.run(None, feed)

@@ -30,11 +30,15 @@ def render(result: dict[str, Any], as_json: bool) -> None:
     if "batch" in result:
         table.add_row(f"decode, batch {result['batch']}", f"{result['batch_tokens_per_second']:.1f} tokens/s")
         table.add_row("times batch 1", f"{result['batch_over_one']:.2f}")
+    if "batch_floor_over_one" in result:
+        table.add_row("the floor's, likewise", f"{result['batch_floor_over_one']:.2f}")
     table.add_row("weights", f"{result['weights_bytes'] / 1e6:.0f} MB")
     if "share_of_floor" in result:
         table.add_row("floor: linear layers alone", f"{result['floor_steps_per_second']:.1f} steps/s")
         table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
         table.add_row("prefill as a share of its floor", f"{result['prefill_share_of_floor']:.0%}")
+        table.add_row("large float32 product", f"{result['product_flops'] / 1e9:.0f} GFLOP/s")
+        table.add_row("prefill, linear layers alone, of that rate", f"{result['prefill_share_of_product']:.0%}")
         table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
         table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
     for name, rival in result["rivals"].items():

@@ -9,9 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from conftest import ours, rival
 from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, export_onnx
+from export.graph import OnnxPass
 from export.quantize import (
     block_size,
     quantizable,
@@ -74,6 +76,18 @@ def test_feedback_without_correlation_rounds_each_weight_on_its_own():
     torch.testing.assert_close(
         (codes * (codes * whole - weight)).view(40, 2, 64).sum(-1), torch.zeros(40, 2), atol=2e-3, rtol=0
     )
+
+
+def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
+    """Where A is 0 all biases are equal, and only the comparison with A drawn at random sees them."""
+    model = ours(rival(), expert_routing="token")
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.A)
+    model.save_pretrained(tmp_path / "checkpoint")
+    attend = OnnxPass.attend
+    monkeypatch.setattr(OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
+    verdicts = export_onnx(tmp_path / "checkpoint", tmp_path / "out", quantize="int8", max_length=64, max_batch=2)
+    assert [verdict.case for verdict in verdicts if not verdict.passed] == ["A drawn at random, prompts (33, 5)"]
 
 
 def test_the_head_is_calibrated_on_every_token(exported, tmp_path):
