@@ -143,10 +143,14 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def capacities(max_length: int) -> list[int]:
-    """The capacity buckets: 256, doubled until `max_length`, which is the last."""
+    """The capacity buckets: from 256 on by a quarter of the power of two below, up to `max_length`, which is the last.
+
+    Attention reads a cache to its end, so steps are small; but each growth copies what is there.
+    """
     sizes = [SMALLEST_CAPACITY]
     while sizes[-1] < max_length:
-        sizes.append(sizes[-1] * 2)
+        below = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(sizes[-1] + max(SMALLEST_CAPACITY // 2, below // 4))
     return [*(size for size in sizes if size < max_length), max_length]
 
 

@@ -215,7 +215,8 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
 
 
 def test_capacities():
-    assert artifact.capacities(2048) == [256, 512, 1024, 2048]
+    assert artifact.capacities(2048) == [256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert artifact.capacities(1 << 20)[-3:] == [786432, 917504, 1048576]
     assert artifact.capacities(300) == [256, 300]
     assert artifact.capacities(256) == [256]
     assert artifact.capacities(20) == [20]
