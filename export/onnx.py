@@ -18,7 +18,7 @@ from .graph import cache_window, lower
 from .numbers import check_biases, check_weights
 from .quantize import BITS, LENGTH, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
-from .verify import Comparison, check, check_quantized, record_verdicts, references
+from .verify import Comparison, check_exact, check_quantized, record_verdicts, references
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOGITS = ("last", "all")
@@ -102,7 +102,7 @@ def export_onnx(
         if answers is None:
             verdicts = check_quantized(directory, load_model(source, seed), report)
         else:
-            verdicts = check(directory, answers, report)
+            verdicts = check_exact(directory, answers, lambda: load_model(source, seed), report)
         record_verdicts(directory, manifest, origin, verdicts)
         return verdicts
 
