@@ -223,8 +223,8 @@ def lower(
     names = state_names(caches)
     states = [state for cache in caches for state in cache]
     length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # and more than one chunk
-    lengths = [torch.tensor([0, 1]), torch.tensor([length, 2]), torch.tensor([0, 3])][: 3 if drops else 2]
-    sample = (torch.zeros(2, length, dtype=torch.int64), *lengths[:2])
+    sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
+    dropped = [torch.tensor([0, 3])] if drops else []
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
@@ -232,7 +232,7 @@ def lower(
         {at: capacity for at in range(state.ndim) if state.shape[at] != larger.shape[at]}
         for state, larger in zip(states, (state for cache in roomier for state in cache), strict=True)
     ]
-    rest = [{0: batch} for _ in lengths[2:]] + [{0: batch, **dims} for dims in growing]
+    rest = [{0: batch} for _ in dropped] + [{0: batch, **dims} for dims in growing]
     shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple(rest))
     # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -240,7 +240,7 @@ def lower(
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            (*sample, *lengths[2:], *states),
+            (*sample, *dropped, *states),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,

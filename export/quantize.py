@@ -24,7 +24,7 @@ import onnxruntime
 import torch
 
 from runtime import Engine
-from runtime.artifact import DROPPED, INPUTS
+from runtime.artifact import INPUTS
 from runtime.sampling import Sampler
 
 BITS = {"int8": 8, "int4": 4}
@@ -121,15 +121,14 @@ def second_moments(graph: ir.Model, path: Path, text: np.ndarray, names: list[st
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     sizes = {"batch": 1, "capacity": text.shape[1]}
-    feed: dict[str | None, np.ndarray] = {
+    feed = {
         value.name: np.zeros(
-            [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()], np.float32
+            [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],
+            (value.dtype or ir.DataType.FLOAT).numpy(),
         )
         for value in graph.graph.inputs
-        if value.name not in (*INPUTS, DROPPED)
+        if value.name not in INPUTS
     }
-    if any(value.name == DROPPED for value in graph.graph.inputs):
-        feed[DROPPED] = np.zeros(1, np.int64)
     sums = {name: torch.zeros(()) for name in order}
     for row in text:
         steps = (row[None], np.zeros(1, np.int64), np.array([len(row)]))

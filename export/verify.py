@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,27 +212,26 @@ class Reference:
 
 
 def references(
-    model: DecoderForCausalLM, max_length: int, max_batch: int, window: Window | None
+    model: DecoderForCausalLM,
+    max_length: int,
+    max_batch: int,
+    window: Window | None,
+    text: np.ndarray | None = None,
+    in_sight: bool = True,
 ) -> tuple[list[Reference], dict[str, BiasRange]]:
-    """The answers of the model as it is, and with its bias in sight; and the range of its biases on the way.
+    """The answers of the model as it is and, unless told not to, with its bias `in_sight`; and the range of its biases
+    on the way. `text` as in `Reference`.
 
     Raises `ExportError` where the model's own logits are not finite.
     """
     limits = max_length, max_batch, window.rows if window else model.config.keep_window_size
     with watched_biases(model) as biases:
-        answers = [Reference(model, plan(*limits))]
-    return answers + biases_in_sight(model, biases, limits), biases
-
-
-def biases_in_sight(
-    model: DecoderForCausalLM,
-    biases: dict[str, BiasRange],
-    limits: tuple[int, int, int],
-    text: np.ndarray | None = None,
-) -> list[Reference]:
-    """The answers with A drawn at random, none where the model has no such attention; `limits` of the `probe_plan`."""
-    with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
-        return [Reference(model, probe_plan(*limits), drawn, text)] if drawn else []
+        answers = [Reference(model, plan(*limits), text=text)]
+    if in_sight:
+        with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
+            if drawn:
+                answers.append(Reference(model, probe_plan(*limits), drawn, text))
+    return answers, biases
 
 
 def check(directory: Path, answers: list[Reference], report: Callable[[Comparison], None]) -> list[Comparison]:
@@ -269,12 +269,9 @@ def check_quantized(
     """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly."""
     engine = load(directory, allow_unverified=True)
     graph, text = engine.graph, written_text(engine)
-    rows = graph.window.rows if graph.window else model.config.keep_window_size
-    limits = graph.max_length, graph.max_batch, rows
-    with watched_biases(model) as biases:
-        answers = [Reference(model, plan(*limits), text=text)]
-    if graph.quantization == "int8":  # four bits are calibrated with the model's own A, and lose more with another
-        answers += biases_in_sight(model, biases, limits, text)
+    # four bits are calibrated with the model's own A, and lose more with another
+    in_sight = graph.quantization == "int8"
+    answers, _ = references(model, graph.max_length, graph.max_batch, graph.window, text, in_sight)
     verdicts = check(directory, answers, report)
     portable = replace(engine.artifact, graph=replace(graph, cpu_file=graph.file))
     few = [Case(f"{graph.file}, prompt 17, 4 steps", (min(17, graph.max_length - 4),), 4, (0,))]
@@ -320,15 +317,13 @@ def verify(
             raise ExportError(
                 f"{directory / VERIFICATION}: names no source to compare with; name the checkpoint with --source"
             )
-    model = load_model(origin["source"], origin.get("seed", 0))
+    reload = partial(load_model, origin["source"], origin.get("seed", 0))
+    model = reload()
     graph, quantised = artifact.graph, artifact.graph.quantization != "none"
     answers = [] if quantised else references(model, graph.max_length, graph.max_batch, graph.window)[0]
     with replacing(directory, force=True) as new:
         shutil.copytree(directory, new, copy_function=os.link, dirs_exist_ok=True)
-        if quantised:
-            verdicts = check_quantized(new, model, report)
-        else:
-            verdicts = check_exact(new, answers, lambda: load_model(origin["source"], origin.get("seed", 0)), report)
+        verdicts = check_quantized(new, model, report) if quantised else check_exact(new, answers, reload, report)
         stands = artifact.verified and all(verdict.passed for verdict in verdicts)
         if not (stands and (new / SIGNATURE).exists()):
             (new / SIGNATURE).unlink(missing_ok=True)

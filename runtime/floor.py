@@ -5,13 +5,13 @@ D hidden size, V vocabulary.
 
 import time
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from .artifact import Artifact
+from .session import session_options, state_bytes
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
@@ -31,7 +31,7 @@ def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
 
     square = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", square[:2], square[2:])
-    session = _session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads)
+    session = _session(graph, threads)
     feed = dict(zip("ab", np.random.default_rng(0).standard_normal((2, size, size), np.float32), strict=True))
 
     def run() -> float:
@@ -96,10 +96,7 @@ def linear_floor(
         [helper.make_tensor_value_info(y, TensorProto.FLOAT, [batch, 1, vocabulary])],
         weights,
     )  # fmt: skip
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)], ir_version=10
-    )
-    session = _session(model, threads)
+    session = _session(graph, threads)
     feed = {"x": np.ones((batch, tokens, hidden), np.float32)}
 
     def run() -> float:
@@ -125,7 +122,7 @@ def memory_bandwidth(size: int, threads: int | None) -> float:
          helper.make_tensor_value_info("w", TensorProto.FLOAT, [rows, columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
     )  # fmt: skip
-    session = _session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads)
+    session = _session(graph, threads)
     feed = {"x": np.ones((1, rows), np.float32), "w": np.ones((rows, columns), np.float32)}
     times = []
     for _ in range(8):
@@ -152,13 +149,14 @@ def step_bytes(artifact: Artifact, context: int) -> int:
     states = 0
     for state in graph.states:
         rows = graph.rows(context) if state.shape[-1] == 1 else kept  # biases are read to choose by
-        size = prod(state.sized(1, rows)) * (4 if state.dtype == "float32" else 2)
+        size = state_bytes(state, 1, rows)
         states += size if "capacity" in state.shape else 2 * size  # a state is written anew
     return weights + states
 
 
-def _session(model: Any, threads: int | None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def _session(graph: Any, threads: int | None) -> Any:
+    from onnx import helper
+
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])

@@ -6,14 +6,13 @@ B batch, S new tokens, C cache capacity, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 
 import numpy as np
 
 from .artifact import Artifact, State
 from .cuda import Device
 from .errors import RequestError
-from .session import STORAGE, last_rows, likeliest_ids, widened
+from .session import STORAGE, last_rows, likeliest_ids, state_bytes, widened
 from .window import Dropping
 
 INT64 = 8  # bytes
@@ -31,7 +30,7 @@ class GpuSession:
         self.device_name = device.name
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
-        self.dropping: Dropping | None = None
+        self.dropping = Dropping(self.graph, 0)
         self.lengths = len(self.graph.inputs) - 1  # inputs of one number a slot
         self.addresses: dict[str, int] = {}
         self.host: dict[str, np.ndarray] = {}
@@ -58,7 +57,7 @@ class GpuSession:
             self.release()
             raise
         self.batch, self.capacity = batch, capacity
-        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
+        self.dropping = Dropping(self.graph, batch)
         self.clear()
 
     def grow(self, capacity: int) -> None:
@@ -75,7 +74,7 @@ class GpuSession:
         return sizes
 
     def state_bytes(self, state: State, batch: int, capacity: int) -> int:
-        return prod(state.sized(batch, self.graph.rows(capacity))) * np.dtype(STORAGE[state.dtype]).itemsize
+        return state_bytes(state, batch, self.graph.rows(capacity))
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
@@ -116,9 +115,7 @@ class GpuSession:
                 f"a step of {batch} slots and {length} tokens is asked for; there are {self.batch} slots, and a step "
                 f"takes up to {self.chunk} tokens"
             )
-        rows_taken, *dropped = [cache_lengths]
-        if self.dropping is not None:
-            rows_taken, *dropped = self.dropping.make_room(cache_lengths, length, self._part)
+        rows_taken, *dropped = self.dropping.make_room(cache_lengths, length, self._part)
         held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *dropped])
         self.host["inputs"][: held.size] = held
         self.execute(length)

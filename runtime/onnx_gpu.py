@@ -15,7 +15,7 @@ from .artifact import ELEMENTS, Artifact, Graph
 from .cuda import Device, start_driver
 from .errors import ArtifactError, RequestError
 from .gpu import GpuSession
-from .session import STORAGE
+from .session import STORAGE, first_line, session_options
 
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 PROVIDERS = ("auto", "cpu", *NAMES)
@@ -92,10 +92,7 @@ class OnnxGpuSession(GpuSession):
             artifact, device, graph.max_batch, (graph.max_length,) if fixed else graph.capacities,
             _chunk(graph) if fixed else graph.chunk,
         )  # fmt: skip
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is in the exceptions
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options = session_options(threads)
         if fixed:
             options.add_free_dimension_override_by_name("capacity", graph.rows(graph.max_length))
         path = artifact.path / graph.file
@@ -104,8 +101,7 @@ class OnnxGpuSession(GpuSession):
                 path, options, providers=provider_options(provider, self.graph), enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first}") from error
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first_line(error)}") from error
         if NAMES[provider] not in self.session.get_providers():
             raise RequestError(f"--provider {provider}: ONNX Runtime fell back to {self.session.get_providers()[0]}")
         self._bindings: dict[int, Any] = {}

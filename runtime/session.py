@@ -30,20 +30,16 @@ class OnnxSession:
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
         self.artifact, self.graph = artifact, artifact.graph
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is in the exceptions
-        if threads is not None:
-            options.intra_op_num_threads = threads
         path = artifact.path / self.graph.cpu_file
         try:
             self.session: Any = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+                path, session_options(threads), providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
-            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {_first_line(error)}") from error
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         self.chunk = self.graph.chunk
         self.batch = self.capacity = 0
-        self.dropping: Dropping | None = None
+        self.dropping = Dropping(self.graph, 0)
         self.caches: list[np.ndarray] = []
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
@@ -51,7 +47,7 @@ class OnnxSession:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
         rows = self.graph.rows(capacity)
         self._check_memory(self.graph.states, batch, rows, freed=sum(cache.nbytes for cache in self.caches))
-        self.dropping = Dropping(self.graph, batch) if self.graph.window else None
+        self.dropping = Dropping(self.graph, batch)
         self._hold([_zeros(state.sized(batch, rows), state.dtype) for state in self.graph.states], batch, capacity)
 
     def grow(self, capacity: int) -> None:
@@ -71,7 +67,7 @@ class OnnxSession:
         self._hold(grown, self.batch, capacity)
 
     def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
-        size = sum(prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize for state in states)
+        size = sum(state_bytes(state, batch, rows) for state in states)
         check_memory(size, f"caches for {batch} slots of {rows} tokens", freed)
 
     def clear(self) -> None:
@@ -92,20 +88,14 @@ class OnnxSession:
         Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
         With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
         """
-        lengths = self._make_room(cache_lengths, input_ids.shape[1])
+        lengths = self.dropping.make_room(cache_lengths, input_ids.shape[1], self._part)
         found = self._run(None, input_ids, lengths[0], sequence_lengths, *lengths[1:])
         return likeliest_ids(found) if likeliest else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
-        lengths = self._make_room(cache_lengths[slot : slot + 1], input_ids.size, slot)
+        lengths = self.dropping.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
         return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
-
-    def _make_room(self, cache_lengths: np.ndarray, length: int, first: int = 0) -> list[np.ndarray]:
-        """Rows taken in each slot's caches and, where there is a window, tokens dropped; see `Dropping.make_room`."""
-        if self.dropping is None:
-            return [cache_lengths]
-        return self.dropping.make_room(cache_lengths, length, self._part, first)
 
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
         return nullcontext(self.caches[self.graph.states.index(state)][slot])
@@ -123,7 +113,7 @@ class OnnxSession:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
-            raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {_first_line(error)}") from error
+            raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
         return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
 
     def _bind(self, length: int, slot: int | None) -> tuple[Any, list[np.ndarray], np.ndarray]:
@@ -147,6 +137,20 @@ class OnnxSession:
         self._bindings = {}
 
 
+def session_options(threads: int | None) -> Any:
+    """ONNX Runtime's options for `threads`, None for its own choice."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def state_bytes(state: State, batch: int, rows: int) -> int:
+    """Bytes of a cache for `batch` slots of `rows` rows."""
+    return prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize
+
+
 def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
     """Logits that numpy can compute with: it knows no bfloat16, whose bits are the upper half of a float32's."""
     return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
@@ -168,7 +172,8 @@ def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
     bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, of which the rest is where in its sources it said so."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

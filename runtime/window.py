@@ -19,10 +19,9 @@ Edit: TypeAlias = Callable[[int, State], AbstractContextManager[np.ndarray]]
 
 
 class Dropping:
-    """What the slots of one allocation have dropped. `graph` has a window."""
+    """What the slots of one allocation have dropped: nothing where the graph has no window."""
 
     def __init__(self, graph: Graph, batch: int):
-        assert graph.window is not None
         self.window, self.layers = graph.window, list(_layers(graph))
         self.dropped = np.zeros(batch, np.int64)
 
@@ -30,8 +29,10 @@ class Dropping:
         """Have room for S = `length` rows in the slots `first`, `first` + 1 …, of cache_lengths (B) tokens each.
 
         `edit(slot, state)` gives a slot's part of a cache, (K, C, size), and stores it when the block ends. Returns the
-        rows that are taken, and the tokens that were dropped, (B) int64 each.
+        rows that are taken and, with a window, the tokens that were dropped, (B) int64 each.
         """
+        if self.window is None:
+            return [cache_lengths]
         dropped = self.dropped[first : first + cache_lengths.size]
         dropped[cache_lengths == 0] = 0  # another sequence begins
         for slot in np.flatnonzero(cache_lengths - dropped + length > self.window.rows):
