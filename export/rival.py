@@ -61,7 +61,7 @@ def transformers_run(directory: Path, capacity: int, threads: int, compiled: boo
 
     def run(prompt: torch.Tensor, new_tokens: int) -> list[float]:
         if compiled:
-            options["past_key_values"] = transformers.StaticCache(model.config, max_cache_len=capacity)
+            options["cache"] = transformers.StaticCache(model.config, max_cache_len=capacity)
         clock = Clock()
         model.generate(prompt, max_new_tokens=new_tokens, streamer=clock, **options)  # type: ignore[attr-defined]
         return clock.seconds()

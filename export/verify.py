@@ -105,7 +105,7 @@ def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np
         if model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio:
             cache, rows = DynamicCache(config=model.config), []
             for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[0]))]:
-                logits = model(ids[None, start:end], past_key_values=cache, logits_to_keep=1).logits
+                logits = model(ids[None, start:end], cache=cache, logits_to_keep=1).logits
                 rows.append(logits[0, -1].float().numpy())
             return np.stack(rows)
         positions = torch.arange(first, ids.shape[0])

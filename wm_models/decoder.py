@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .attention import DMAttention, Pass, document_index
@@ -64,11 +65,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
 
 
+# transformers' models take the cache under its earlier name for as long; so do these.
+earlier_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+
+
 class DecoderPreTrainedModel(PreTrainedModel):
     config: DogeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -135,6 +139,7 @@ class DecoderModel(DecoderPreTrainedModel):
             routers.append(scores)
         return self.norm(x), inputs, routers
 
+    @earlier_cache_name
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -142,7 +147,7 @@ class DecoderModel(DecoderPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -155,20 +160,20 @@ class DecoderModel(DecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         documents = None
         if position_ids is None:
             steps = torch.arange(x.shape[1], device=x.device)
-            position_ids = (steps + past_length(past_key_values))[None]
-        elif attention_mask is None and past_key_values is None:
+            position_ids = (steps + past_length(cache))[None]
+        elif attention_mask is None and cache is None:
             documents = document_index(position_ids)
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
-        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, past_key_values, documents)
+        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, cache, documents)
         last, inputs, routers = self.run(x, run)
         return MoeModelOutputWithPast(
             last_hidden_state=last,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=(*inputs, last) if output_hidden_states else None,
             router_logits=tuple(routers) if output_router_logits and self.config.is_moe else None,  # type: ignore[arg-type]
         )
@@ -201,13 +206,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @earlier_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -229,7 +235,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -253,7 +259,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,  # type: ignore[arg-type]
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
         )
@@ -263,14 +269,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         config: DogeConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor | None:
         """The mask `generate` hands to a compiled forward: none but the padding while the cache is empty."""
-        if is_empty(past_key_values):
+        if is_empty(cache):
             return attention_mask
-        return visible_keys(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
 
     def new_caches(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty static caches for `step`, one a layer: `batch` slots of `capacity` tokens, on the model's device."""

@@ -37,14 +37,14 @@ class DMAttn(DMAttention):
         nn.init.ones_(self.A)
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> tuple[torch.Tensor, Cache | None]:
         """x (B, S, D), attention_mask (B, L) of ones and zeros -> (B, S, D), and the cache that was handed in."""
         steps = torch.arange(x.shape[1], device=x.device)
-        positions = (steps + past_length(past_key_values))[None]
+        positions = (steps + past_length(cache))[None]
         mask = None if attention_mask is None else attention_mask.bool()
-        run = UnrotatedPass(self.config, (x, x), x, mask, positions, past_key_values)
-        return super().forward(x, run), past_key_values
+        run = UnrotatedPass(self.config, (x, x), x, mask, positions, cache)
+        return super().forward(x, run), cache
 
 
 class CDMoE(ProductKeyExperts):

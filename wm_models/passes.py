@@ -48,13 +48,13 @@ def visible_keys(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """The mask as transformers builds it, bool (B, 1, S, L)."""
     windowed = getattr(config, "sliding_window", None) is not None
     create = create_sliding_window_causal_mask if windowed else create_causal_mask
-    mask = create(config, inputs_embeds, attention_mask, past_key_values, position_ids, allow_is_causal_skip=False)
+    mask = create(config, inputs_embeds, attention_mask, cache, position_ids, allow_is_causal_skip=False)
     assert mask is None or isinstance(mask, torch.Tensor)
     return mask
 

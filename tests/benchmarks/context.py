@@ -63,7 +63,7 @@ def transformers_steps(checkpoint: Path, positions: list[int], threads: int) -> 
             for layer in range(config.num_hidden_layers):
                 cache.update(*torch.randn(2, 1, config.num_key_value_heads, position, size).unbind(0), layer)
             started = time.perf_counter()
-            model.generate(ids, past_key_values=cache, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
+            model.generate(ids, cache=cache, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False)
             rounds.append((time.perf_counter() - started) / NEW)
         times.append(min(rounds))
     return times

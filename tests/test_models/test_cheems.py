@@ -45,7 +45,7 @@ def test_any_split_and_256_decode_steps_are_one_pass(model, long_tokens, cache_t
             cache = StaticCache(config=model.config, max_cache_len=300)
         done = 0
         for size in splits:
-            logits = model(long_tokens[:, done : done + size], past_key_values=cache, use_cache=True).logits
+            logits = model(long_tokens[:, done : done + size], cache=cache, use_cache=True).logits
             assert_close(logits, full[:, done : done + size])
             done += size
         assert done == 280
@@ -96,10 +96,10 @@ def test_padding_touches_neither_logits_nor_states(model, tokens, side, form):
     given, cache = mask, DynamicCache(config=model.config)
     if form == "square":
         given = mask[:, None, None].bool() & torch.ones(100, 100, dtype=torch.bool).tril()
-    found = model(ids, attention_mask=given, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    found = model(ids, attention_mask=given, position_ids=positions, cache=cache, use_cache=True).logits
     for slot, length in enumerate(lengths):
         alone = DynamicCache(config=model.config)
-        expected = model(tokens[slot : slot + 1, :length], past_key_values=alone, use_cache=True).logits[0]
+        expected = model(tokens[slot : slot + 1, :length], cache=alone, use_cache=True).logits[0]
         assert_close(found[slot][mask[slot].bool()], expected)
         for layer in (0, 2):
             assert_close(cache.layers[layer].recurrent_states[0][slot], alone.layers[layer].recurrent_states[0][0])

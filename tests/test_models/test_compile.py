@@ -97,15 +97,13 @@ def test_a_share_of_the_keys_dropped(tokens):
 def test_decode_over_transformers_static_cache(model, tokens):
     """What `generate` compiles: the forward pass over a StaticCache, its mask made outside."""
     cache = StaticCache(config=model.config, max_cache_len=100)
-    model(tokens[:, :20], past_key_values=cache, use_cache=True)
+    model(tokens[:, :20], cache=cache, use_cache=True)
     compiled, full = torch.compile(model, fullgraph=True), model(tokens).logits
     for at in range(20, 60):
         positions = torch.full((1, 1), at)
         mask = model.create_masks_for_generate(model.config, torch.empty(3, 1, 0), None, cache, position_ids=positions)
         with torch._dynamo.config.patch(error_on_recompile=at > 20):
-            logits = compiled(
-                tokens[:, at : at + 1], attention_mask=mask, position_ids=positions, past_key_values=cache
-            ).logits
+            logits = compiled(tokens[:, at : at + 1], attention_mask=mask, position_ids=positions, cache=cache).logits
         torch.testing.assert_close(logits[:, -1], full[:, at], rtol=1e-4, atol=1e-4)
 
 

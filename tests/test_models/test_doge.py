@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_close, ours, rival
+from transformers import DynamicCache
 
 from wm_models import DogeConfig
 
@@ -69,10 +70,20 @@ def test_cached_steps(pair, tokens):
     row = tokens[:1]
     start, expected_cache, found_cache = 36, None, None
     for at in (slice(0, start), *(slice(i, i + 1) for i in range(start, 100))):
-        expected = theirs(row[:, at], past_key_values=expected_cache, use_cache=True)
-        found = mine(row[:, at], past_key_values=found_cache, use_cache=True)
-        expected_cache, found_cache = expected.past_key_values, found.past_key_values
+        expected = theirs(row[:, at], cache=expected_cache, use_cache=True)
+        found = mine(row[:, at], cache=found_cache, use_cache=True)
+        expected_cache, found_cache = expected.cache, found.cache
         assert_close(found.logits[:, -1], expected.logits[:, -1])
+
+
+@torch.no_grad()
+def test_the_cache_under_its_earlier_name(tokens):
+    """Code written for earlier transformers goes on working: the argument and the output."""
+    model = ours(rival())
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        first = model(tokens[:1, :30], past_key_values=DynamicCache(), use_cache=True)
+    found = model(tokens[:1, 30:31], cache=first.past_key_values).logits
+    assert_close(found[:, -1], model(tokens[:1, :31]).logits[:, -1])
 
 
 @torch.no_grad()
@@ -117,8 +128,8 @@ def test_token_routing_is_causal_and_equals_transformers_token_by_token(tokens):
     whole = mine(tokens[:1, :40]).logits
     assert_close(mine(tokens[:1, :20]).logits, whole[:, :20])
     for at in range(40):
-        step = theirs(tokens[:1, at : at + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = theirs(tokens[:1, at : at + 1], cache=cache, use_cache=True)
+        cache = step.cache
         assert_close(whole[:, at], step.logits[:, -1])
 
 
