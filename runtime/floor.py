@@ -27,13 +27,17 @@ def linear_operations(artifact: Artifact, tokens: int) -> int:
 
 
 def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
-    """A function that measures the rate of a float32 product of two square matrices: operations a second."""
-    from onnx import TensorProto, helper
+    """A function that measures the rate of a float32 product with a square weight: operations a second."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    square = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", square[:2], square[2:])
+    draw = np.random.default_rng(0)
+    inside, outside = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "xy")
+    weight = numpy_helper.from_array(draw.standard_normal((size, size), np.float32), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"])], "product", [inside], [outside], [weight]
+    )
     session = _session(graph, threads)
-    feed = dict(zip("ab", np.random.default_rng(0).standard_normal((2, size, size), np.float32), strict=True))
+    feed = {"x": draw.standard_normal((size, size), np.float32)}
 
     def run() -> float:
         session.run(None, feed)

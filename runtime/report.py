@@ -38,7 +38,7 @@ def render(result: dict[str, Any], as_json: bool) -> None:
         table.add_row("decode as a share of the floor", f"{result['share_of_floor']:.0%}")
         table.add_row("prefill as a share of its floor", f"{result['prefill_share_of_floor']:.0%}")
         table.add_row("large float32 product", f"{result['product_flops'] / 1e9:.0f} GFLOP/s")
-        table.add_row("prefill, linear layers alone, of that rate", f"{result['prefill_share_of_product']:.0%}")
+        table.add_row("prefill, work of its linear layers, of that rate", f"{result['prefill_share_of_product']:.0%}")
         table.add_row("peak memory of a process", f"{result['peak_bytes'] / 1e6:.0f} MB")
         table.add_row("peak memory / weights", f"{result['peak_over_weights']:.2f}")
     for name, rival in result["rivals"].items():
