@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +20,7 @@ from .session import OnnxSession
 
 RIVALS = ("transformers", "transformers-compiled", "mobius-onnx", "torch-compile")
 CONTEXT_STEPS = 16  # decode steps that lead up to each context length
+PAUSE = 0.1  # seconds between two measurements: a session's threads go on spinning for a while after its last run
 CHUNK = 512  # tokens of a step on the way there
 FIRST_PROMPT = 16  # tokens of the prompt whose first token is timed
 Result = dict[str, Any]
@@ -57,19 +60,24 @@ def measure(
         if batch > 1:
             batch_floor = linear_floor(engine.artifact, threads, batch=batch)
     _generate(engine, prompt, new_tokens)  # warms up, as the floors do themselves
+
+    def timed(run: Callable[[], Any]) -> Any:
+        time.sleep(PAUSE)
+        return run()
+
     prefills, steps, floors, prefill_floors, batched, batch_floors, rates = [], [], [], [], [], [], []
     for _ in range(rounds):
-        prefill, decode = _generate(engine, prompt, new_tokens)
+        prefill, decode = timed(partial(_generate, engine, prompt, new_tokens))
         prefills.append(prefill)
         steps.append(decode)
         if floor is not None and prefill_floor is not None and product is not None:
-            floors.append(floor())
-            prefill_floors.append(prefill_floor())
-            rates.append(product())
+            floors.append(timed(floor))
+            prefill_floors.append(timed(prefill_floor))
+            rates.append(timed(product))
         if batch > 1:
-            batched.append(_generate(engine, prompt, new_tokens, batch)[1])
+            batched.append(timed(partial(_generate, engine, prompt, new_tokens, batch))[1])
         if batch_floor is not None:
-            batch_floors.append(batch_floor())
+            batch_floors.append(timed(batch_floor))
     wholes = [prefill + step * (new_tokens - 1) for prefill, step in zip(prefills, steps, strict=True)]
     result: Result = {
         "artifact": str(directory),
