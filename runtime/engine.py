@@ -133,7 +133,7 @@ class Engine:
         done = 0
         while done < width:
             size = self._fit(width - done)
-            real = (new - done).clip(0, size)
+            real = np.minimum(np.maximum(new - done, 0), size)
             found = self.session.step(ids[:, done : done + size], self._lengths, real, likeliest)
             self._lengths = self._lengths + real
             if done == 0 and size == width:
@@ -274,10 +274,11 @@ class Engine:
             raise RequestError(
                 f"slot {slot} would hold {total[slot]} tokens; this artifact's capacity is {self.graph.max_length}"
             )
+        if ids.min() >= 0 and ids.max() < self.graph.vocabulary:
+            return
         wrong = (ids < 0) | (ids >= self.graph.vocabulary)
         wrong &= np.arange(ids.shape[1]) < new[:, None]
-        if wrong.any():
-            slot, at = np.argwhere(wrong)[0]
+        for slot, at in np.argwhere(wrong):
             raise RequestError(
                 f"token id {ids[slot, at]} at position {at} of slot {slot}; expected 0 to {self.graph.vocabulary - 1}"
             )
