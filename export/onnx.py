@@ -74,11 +74,6 @@ def export_onnx(
         )
     window = cache_window(model.config, max_length, spare)
     labels = label_count(model)
-    if labels is not None and quantize == "int4":
-        raise ExportError(
-            f"{source}: --quantize int4 is calibrated on text that the model writes, and a classifier writes none; "
-            "--quantize int8 and --dtype fp16 work"
-        )
     sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length, "window": window, "labels": labels}
     config, parameters = model.config.to_dict(), parameter_count(model)
     origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}

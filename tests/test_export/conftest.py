@@ -41,6 +41,7 @@ VARIANTS = {
     "classifier, one label": ({"num_labels": 1}, {"dtype": "fp16", "max_length": 80}),
     "classifier bf16": ({"num_labels": 3}, {"dtype": "bf16", "max_length": 80}),
     "classifier int8": ({"num_labels": 40}, {"quantize": "int8", "max_length": 80}),
+    "classifier int4": ({"num_labels": 3, "logit_scale": 0.25}, {"quantize": "int4", "max_length": 80}),
     "one slot": ({}, {"max_batch": 1, "max_length": 300}),
 }  # fmt: skip
 

@@ -99,7 +99,7 @@ def test_a_classifier(classifier, on_gpu):
     texts = [np.arange(3, 3 + length) for length in (9, 1, 64)]
     engine = on_gpu(classifier)
     np.testing.assert_allclose(engine.classify(texts), load(classifier, "onnx").classify(texts), atol=1e-5)
-    assert engine.session.host["logits"].size == 2 * 3
+    assert engine.session.host["logits"].size == 3  # one slot in the last batch
 
 
 def test_a_provider_that_was_not_taken_is_an_error(made, gpu, monkeypatch):
