@@ -32,7 +32,7 @@ from .quantize import specialize
 GRAPH, CPU_GRAPH, WEIGHTS = "model.onnx", "model.cpu.onnx", "model.onnx.data"
 MODULE = "module"  # a node's metadata: which module of the model it comes from
 VERIFICATION = "verification.json"
-SMALLEST_CAPACITY = 256
+SMALLEST_CAPACITY = 64
 PARTIAL = ".partial"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
@@ -143,14 +143,14 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def capacities(max_length: int) -> list[int]:
-    """The capacity buckets: from 256 on by a quarter of the power of two below, up to `max_length`, which is the last.
+    """The capacity buckets: from 64 on by 64, or by an eighth of the power of two below, up to `max_length`.
 
-    Attention reads a cache to its end, so steps are small; but each growth copies what is there.
+    Attention reads a cache to its end, so steps are small; but each growth moves what is there.
     """
     sizes = [SMALLEST_CAPACITY]
     while sizes[-1] < max_length:
         below = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(sizes[-1] + max(SMALLEST_CAPACITY // 2, below // 4))
+        sizes.append(sizes[-1] + max(SMALLEST_CAPACITY, below // 8))
     return [*(size for size in sizes if size < max_length), max_length]
 
 

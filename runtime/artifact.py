@@ -36,7 +36,7 @@ ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.Ten
 DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
 
 # Far beyond any model, and small enough that reading up to them harms no machine.
-MOST_FILES, MOST_STATES, MOST_CAPACITIES, MOST_ENGINES = 256, 1 << 14, 64, 64
+MOST_FILES, MOST_STATES, MOST_CAPACITIES, MOST_ENGINES = 256, 1 << 14, 256, 64
 MOST_SLOTS, MOST_TOKENS, MOST_LABELS = 1 << 16, 1 << 26, 1 << 20
 LARGEST_MANIFEST, LARGEST_TEXT = 4 << 20, 64 << 20  # bytes; texts are what is read whole: JSON files and graphs
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")

@@ -104,15 +104,11 @@ class Engine:
 
     @exclusive
     def reserve(self, batch: int, length: int) -> None:
-        """Make `batch` empty slots in the smallest bucket for `length` tokens, so that they need not grow on the way.
+        """Make `batch` empty slots with memory for `length` tokens, so that they need none on the way.
 
         Optional: `prefill` makes slots for what it is given, and a step grows them.
         """
-        capacity = self._bucket(length)
-        if (self.session.batch, self.session.capacity) == (batch, capacity):
-            self.session.clear()
-        else:
-            self.session.allocate(batch, capacity)
+        self.session.allocate(batch, self._bucket(length))
         self._lengths = np.zeros(batch, np.int64)
 
     @exclusive

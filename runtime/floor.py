@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from .artifact import Artifact
+from .memory import use_huge_pages
 from .session import session_options, state_bytes
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
@@ -159,4 +160,6 @@ def _session(graph: Any, threads: int | None) -> Any:
 
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    use_huge_pages()
+    return session

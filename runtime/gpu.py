@@ -37,6 +37,9 @@ class GpuSession:
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens, and the buffers of a step."""
+        if (batch, capacity) == (self.batch, self.capacity):
+            self.clear()
+            return
         if batch > self.graph.max_batch or capacity > self.graph.max_length:
             raise RequestError(
                 f"{batch} slots of {capacity} tokens are asked for; this engine has up to {self.graph.max_batch} "

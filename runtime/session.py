@@ -13,7 +13,7 @@ import onnxruntime
 
 from .artifact import ELEMENTS, Artifact, State
 from .errors import ArtifactError
-from .memory import check_memory
+from .memory import check_memory, use_huge_pages
 from .window import Dropping
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -23,7 +23,10 @@ class OnnxSession:
     """A loaded graph with static caches for B slots of C tokens.
 
     Each cache is one buffer bound as the graph's input and as its output, so a step writes its new rows where they
-    belong and copies nothing. `threads` defaults to ONNX Runtime's choice, the physical cores.
+    belong and copies nothing. Attention reads a cache to its end: the rows of a single slot lie as close as its length
+    allows and move apart, in memory that is there for all of them, as it grows. Several slots keep the capacity they
+    were given, or what one gets would turn, in its last bits, on how long the others are. `threads` defaults to ONNX
+    Runtime's choice, the physical cores.
     """
 
     device_name = "CPU"
@@ -37,34 +40,47 @@ class OnnxSession:
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
+        use_huge_pages()
         self.chunk = self.graph.chunk
-        self.batch = self.capacity = 0
+        self.batch = self.capacity = self.reserved = 0
         self.dropping = Dropping(self.graph, 0)
-        self.caches: list[np.ndarray] = []
+        self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
+        self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
-        rows = self.graph.rows(capacity)
-        self._check_memory(self.graph.states, batch, rows, freed=sum(cache.nbytes for cache in self.caches))
-        self.dropping = Dropping(self.graph, batch)
-        self._hold([_zeros(state.sized(batch, rows), state.dtype) for state in self.graph.states], batch, capacity)
+        if (batch, capacity) == (self.batch, self.reserved):
+            self.clear()
+        else:
+            rows = self.graph.rows(capacity)
+            self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
+            self.dropping = Dropping(self.graph, batch)
+            self.batch, self.reserved = batch, capacity
+            self.memory = [_zeros((prod(s.sized(batch, rows)),), s.dtype) for s in self.graph.states]
+        self._lay_out(self.graph.capacities[0] if batch == 1 else capacity)
 
     def grow(self, capacity: int) -> None:
         """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
-        rows = self.graph.rows(capacity)
-        if rows == self.graph.rows(self.capacity):
+        old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
+        if capacity > self.reserved and new > self.graph.rows(self.reserved):
+            self._check_memory([state for state in self.graph.states if "capacity" in state.shape], self.batch, new)
+            for index, state in enumerate(self.graph.states):
+                if "capacity" in state.shape:
+                    larger = _zeros((prod(state.sized(self.batch, new)),), state.dtype)
+                    larger[: self.memory[index].size] = self.memory[index]
+                    self.memory[index] = larger
+        self.reserved = max(capacity, self.reserved)
+        if new == old:
             self.capacity = capacity
             return
-        self._check_memory([state for state in self.graph.states if "capacity" in state.shape], self.batch, rows)
-        grown = []
-        for state, old in zip(self.graph.states, self.caches, strict=True):
-            new = old
+        for state, cache in zip(self.graph.states, self.memory, strict=True):
             if "capacity" in state.shape:
-                new = _zeros(state.sized(self.batch, rows), state.dtype)
-                new[tuple(slice(size) for size in old.shape)] = old
-            grown.append(new)
-        self._hold(grown, self.batch, capacity)
+                axis = state.shape.index("capacity")
+                heads = prod(state.sized(self.batch, old)[:axis])
+                row = prod(state.sized(self.batch, old)[axis + 1 :])
+                _move_apart(cache, heads, old * row, new * row)
+        self._lay_out(capacity)
 
     def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
         size = sum(state_bytes(state, batch, rows) for state in states)
@@ -72,8 +88,8 @@ class OnnxSession:
 
     def clear(self) -> None:
         """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
-        for cache in self.caches:
-            cache.fill(0)
+        for flat in self.memory:
+            flat.fill(0)
 
     def clear_slot(self, slot: int) -> None:
         """Zero one slot's caches."""
@@ -132,9 +148,10 @@ class OnnxSession:
             _bind(binding.bind_output, state.output, cache[part], ELEMENTS[state.dtype])
         return binding, inputs, logits
 
-    def _hold(self, caches: list[np.ndarray], batch: int, capacity: int) -> None:
-        self.caches, self.batch, self.capacity = caches, batch, capacity
-        self._bindings = {}
+    def _lay_out(self, capacity: int) -> None:
+        shapes = [state.sized(self.batch, self.graph.rows(capacity)) for state in self.graph.states]
+        self.caches = [flat[: prod(s)].reshape(s) for flat, s in zip(self.memory, shapes, strict=True)]
+        self.capacity, self._bindings = capacity, {}
 
 
 def session_options(threads: int | None) -> Any:
@@ -166,6 +183,13 @@ def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
 def likeliest_ids(logits: np.ndarray) -> np.ndarray:
     """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
+
+
+def _move_apart(flat: np.ndarray, heads: int, old: int, new: int) -> None:
+    """Of the `heads` parts that begin every `old` elements, make parts of `new` that begin as the old and end in 0."""
+    for head in reversed(range(heads)):  # the last first: a part lands behind those that still wait
+        flat[head * new : head * new + old] = flat[head * old : (head + 1) * old]
+        flat[head * new + old : (head + 1) * new] = 0
 
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:

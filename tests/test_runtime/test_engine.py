@@ -18,6 +18,7 @@ from transformers.generation import logits_process as processors
 from export import export_onnx
 from runtime import ArtifactError, RequestError, load
 from runtime.sampling import Sampler
+from runtime.session import _move_apart
 from runtime.text import pieces, until
 from wm_models import DogeForCausalLM, shipped_tokenizer
 
@@ -82,6 +83,16 @@ def test_caches_are_written_in_place(engine):
         assert (old[:, :, 3] != new[:, :, 3]).any()
         old[:, :, 3] = new[:, :, 3]
         np.testing.assert_array_equal(old, new)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 5))
+def test_rows_move_apart(heads, old, more):
+    new = old + more
+    flat = np.arange(1, heads * new + 1)
+    expected = np.zeros((heads, new), flat.dtype)
+    expected[:, :old] = flat[: heads * old].reshape(heads, old)
+    _move_apart(flat, heads, old, new)
+    np.testing.assert_array_equal(flat.reshape(heads, new), expected)
 
 
 def test_onnx_runtime_says_nothing_of_copies(made):

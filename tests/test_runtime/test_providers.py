@@ -88,7 +88,7 @@ def test_it_computes_on_the_device(made, engine):
         found, expected = engine.prefill(ids, new).copy(), other.prefill(ids, new)
         busy = np.array(new) > 0
         np.testing.assert_allclose(found[busy], expected[busy], atol=1e-5)
-    assert engine.session.capacity == (400 if engine.session.graph.capacities == (400,) else 384)
+    assert engine.session.capacity == (400 if engine.session.graph.capacities == (400,) else 320)
     assert engine.generate_ids([3, 4], 9) == other.generate_ids([3, 4], 9)
     engine.session.release()
     assert engine.session.device.driver.used == 0

@@ -1,5 +1,9 @@
 """What memory there is, as the system says it, and a request for more than that."""
 
+import mmap
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -59,11 +63,44 @@ def test_this_machine():
     assert memory.available_memory() is None or memory.available_memory() > 0
 
 
+def huge_and_resident(address):
+    """Bytes in huge pages, and bytes in memory, of the range around an address."""
+    for entry in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()):
+        start, end = (int(part, 16) for part in entry.split()[0].split("-"))
+        if start <= address < end:
+            return tuple(int(re.search(rf"\n{name}: +(\d+) kB", entry)[1]) << 10 for name in ("AnonHugePages", "Rss"))
+    raise LookupError(address)
+
+
+@pytest.mark.skipif(memory.use_huge_pages() is None, reason="a system without huge pages")
+def test_huge_pages():
+    """What is in use from end to end is moved and keeps its content; what is not is left as small as it is."""
+    size = 32 << 20
+    parts = []
+    # advised differently, or the kernel makes one range of two neighbours
+    for stride, advice in ((1, mmap.MADV_DONTFORK), (64 * mmap.PAGESIZE, mmap.MADV_DONTDUMP)):
+        held = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+        held.madvise(advice)
+        content = np.frombuffer(held, np.uint8)
+        content[::stride] = 7
+        parts.append(content)
+    addresses = [content.ctypes.data for content in parts]
+    before = [huge_and_resident(address) for address in addresses]
+    memory.use_huge_pages().join()
+    (huge, _), (_, resident) = (huge_and_resident(address) for address in addresses)
+    if not huge:
+        pytest.skip("a kernel that moves no memory into huge pages on request")
+    assert before[0][0] == 0
+    assert huge >= size - (4 << 20)
+    assert resident == before[1][1] < size // 8
+    assert (parts[0] == 7).all()
+
+
 def test_caches_that_do_not_fit_are_not_allocated(artifact, monkeypatch):
     """Both numbers are told, and the engine goes on with what it has."""
     engine = load(artifact)
     engine.reserve(1, 200)
-    held = sum(cache.nbytes for cache in engine.session.caches)
+    held = sum(flat.nbytes for flat in engine.session.memory)
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(RequestError, match=r"caches for 1 slots of 300 tokens take 0\.\d+ GB, and 0\.00 GB of memory"):
         engine.generate_ids([1] * 200, 90)
