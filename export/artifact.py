@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from runtime.artifact import MANIFEST, SCHEMA, Window, file_hash, input_names
 from runtime.signature import SIGNATURE
-from wm_models.decoder import DecoderForCausalLM
+from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 
 from .errors import ExportError
 from .graph import widen
@@ -187,7 +187,7 @@ def _module_path(node: ir.Node) -> str:
 
 def describe(
     graph: ir.Model, config: dict[str, Any], parameters: int, *, dtype: str, logits: str, max_batch: int,
-    max_length: int, quantization: str = "none", window: Window | None = None,
+    max_length: int, quantization: str = "none", window: Window | None = None, labels: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest but for its file list and its verdict."""
     states = [
@@ -218,13 +218,19 @@ def describe(
             "capacities": capacities(max_length),
             "states": states,
             **({"window": asdict(window)} if window else {}),
+            **({"labels": labels} if labels else {}),
         },
     }
 
 
-def parameter_count(model: DecoderForCausalLM) -> int:
+def parameter_count(model: DecoderWithHead) -> int:
     """Distinct parameters, a tied one counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def label_count(model: DecoderWithHead) -> int | None:
+    """The labels that a classifier chooses from; None of a language model."""
+    return None if isinstance(model, DecoderForCausalLM) else model.head.out_features
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any], verified: bool) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from runtime.artifact import Window, input_names
 from wm_models import DogeConfig, LayerCache
 from wm_models.attention import DMAttention
-from wm_models.decoder import DecoderForCausalLM
+from wm_models.decoder import DecoderWithHead
 from wm_models.experts import ExpertMLP
 from wm_models.passes import StepPass
 from wm_models.ssd import SSDMixer, recur, scan_chunks
@@ -157,9 +157,9 @@ def unfuse_experts(mlp: ExpertMLP) -> None:
 
 
 class StepGraph(nn.Module):
-    """`DecoderForCausalLM.step` with its states flattened, lowered in place: the model handed in is used up."""
+    """`DecoderWithHead.step` with its states flattened, lowered in place: the model handed in is used up."""
 
-    def __init__(self, model: DecoderForCausalLM, all_logits: bool, drops: bool):
+    def __init__(self, model: DecoderWithHead, all_logits: bool, drops: bool):
         super().__init__()
         self.model, self.all_logits, self.drops = model, all_logits, drops
         self.kinds = [type(cache) for cache in model.new_caches(1, 1)]
@@ -209,12 +209,13 @@ def cache_window(config: DogeConfig, max_length: int, spare: int) -> Window | No
 
 
 def lower(
-    model: DecoderForCausalLM, *, max_batch: int, max_length: int, all_logits: bool, window: Window | None = None
+    model: DecoderWithHead, *, max_batch: int, max_length: int, all_logits: bool, window: Window | None = None
 ) -> ir.Model:
     """The step graph of `model`, whose parameters it takes over. Batch, sequence and capacity are dynamic.
 
     Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), with a `window` `dropped_lengths` (B), all
-    int64, and the states; outputs `logits` (B, 1, V), or (B, S, V) with `all_logits`, and the states.
+    int64, and the states; outputs `logits` (B, 1, V), or (B, S, V) with `all_logits`, where V is a
+    classifier's number of labels, and the states.
     """
     drops, max_length = window is not None, window.rows if window else max_length
     graph = StepGraph(model, all_logits, drops).eval()

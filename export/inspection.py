@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from runtime import ArtifactError
 from runtime.artifact import read_artifact
+from runtime.labels import label_names
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def inspect_artifact(directory: str | Path) -> Inspection:
         engines = _engine_tables(json.loads(artifact.manifest).get("engines", []))
     except (LookupError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{artifact.path}: an engine's layer table is damaged; build the engine again") from error
+    names = label_names(artifact)
+    labels = [("Labels", ["", "label"], [[str(index), name] for index, name in enumerate(names)])] if names else []
     return Inspection(
         summary,
         [
@@ -46,6 +49,7 @@ def inspect_artifact(directory: str | Path) -> Inspection:
             ),
             ("Operators", ["operator", "count"], [[name, str(count)] for name, count in operators.most_common()]),
             *engines,
+            *labels,
             (
                 "Files",
                 ["file", "bytes", "SHA-256"],

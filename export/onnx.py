@@ -10,9 +10,9 @@ import onnx_ir as ir
 import torch
 
 from runtime import load
-from wm_models.decoder import DecoderForCausalLM
+from wm_models.decoder import DecoderWithHead
 
-from .artifact import check_free, describe, parameter_count, replacing, save_graph, write_manifest
+from .artifact import check_free, describe, label_count, parameter_count, replacing, save_graph, write_manifest
 from .errors import ExportError
 from .graph import cache_window, lower
 from .numbers import check_biases, check_weights
@@ -73,7 +73,8 @@ def export_onnx(
             'no step graph; set "expert_routing": "token" in config.json if the weights were trained for it'
         )
     window = cache_window(model.config, max_length, spare)
-    sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length, "window": window}
+    labels = label_count(model)
+    sizes = {"logits": logits, "max_batch": max_batch, "max_length": max_length, "window": window, "labels": labels}
     config, parameters = model.config.to_dict(), parameter_count(model)
     origin = {"source": os.path.abspath(source) if os.path.isdir(source) else source, "seed": seed}
     with replacing(out, force) as directory:
@@ -120,7 +121,7 @@ def _quantized(
     return quantize_graph(exact, manifest["graph"]["file"], bits, text)
 
 
-def checked_length(model: DecoderForCausalLM, max_length: int | None) -> int:
+def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
     """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
     rope = model.config.rope
     limit = model.config.max_position_embeddings

@@ -2,8 +2,8 @@
 
 A weight W (N, K) becomes codes q (N, K) and scales s (N, K / block), W ≈ s·q, symmetric, so there are no zero points.
 8 bits round to nearest. 4 bits are chosen so that the products with the weight change least on text that the model
-wrote itself: column by column, each column's error made good in the columns after it (GPTQ, arXiv 2210.17323), then
-scales and codes by turns.
+wrote itself, or, of a classifier, on ids drawn at random: column by column, each column's error made good in the
+columns after it (GPTQ, arXiv 2210.17323), then scales and codes by turns.
 
     model.onnx      DequantizeLinear, then what was there: Gather, or Transpose and MatMul
     model.cpu.onnx  ONNX Runtime's own MatMulNBits and GatherBlockQuantized over the same bytes
@@ -40,12 +40,17 @@ CHUNK, STRIDE = 1024, 32  # rows and columns taken at a time, so that they stay 
 
 
 def written_text(engine: Engine, length: int = 256, seed: int = 0) -> np.ndarray:
-    """Ids (B, S), int64, that the model itself writes at temperature 1, each row after a first id drawn at random."""
+    """Ids (B, S), int64, that the model itself writes at temperature 1, each row after a first id drawn at random.
+
+    A classifier writes nothing: all of its ids are drawn.
+    """
     rows, sampler = engine.graph.max_batch, Sampler(temperature=1.0, seed=seed)
-    length = min(length, engine.graph.max_length)
+    length, draw = min(length, engine.graph.max_length), np.random.default_rng(seed)
+    if engine.labels:
+        return draw.integers(0, engine.graph.vocabulary, (rows, length))
     engine.reset()
     engine.reserve(rows, length)
-    text = [np.random.default_rng(seed).integers(0, engine.graph.vocabulary, rows)]
+    text = [draw.integers(0, engine.graph.vocabulary, rows)]
     while len(text) < length:
         text.append(sampler(engine.decode(text[-1]), [[]] * rows))
     return np.stack(text, axis=1)

@@ -11,10 +11,12 @@ from wm_models import (
     CheemsConfig,
     CheemsForCausalLM,
     DogeForCausalLM,
+    DogeForSequenceClassification,
     create,
     shipped_checkpoint,
 )
-from wm_models.decoder import DecoderForCausalLM
+from wm_models.checkpoint import CLASSIFIER, find_checkpoint
+from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 from wm_models.shipped import ASSETS, TRAINED
 
 from .errors import ExportError
@@ -29,8 +31,8 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(source: str, seed: int) -> DecoderForCausalLM:
-    """The eager model in float32 and evaluation mode.
+def load_model(source: str, seed: int) -> DecoderWithHead:
+    """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so.
 
     `source` is a directory, the shipped model's name, or a preset's for random weights from `seed`; a directory of
     such a name wins.
@@ -42,14 +44,21 @@ def load_model(source: str, seed: int) -> DecoderForCausalLM:
     if not os.path.isdir(source) and "/" not in source:
         raise ExportError(f"{source}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}")
     try:
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        values = PreTrainedConfig.get_config_dict(source)[0]
     except OSError:  # the loader says what is wrong
-        model_type = None
-    model_class = CheemsForCausalLM if model_type == CheemsConfig.model_type else DogeForCausalLM
+        values = {}
+    hybrid, names = values.get("model_type") == CheemsConfig.model_type, values.get("architectures")
+    model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
+    if isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names):
+        if hybrid:
+            raise ExportError(f"{source}: is a classifier of Cheems, and there is none; expected one of Doge")
+        model_class = DogeForSequenceClassification
+        if CLASSIFIER not in find_checkpoint(model_class, source, {}).names:
+            raise ExportError(f"{source}: is a language model without a classifier's {CLASSIFIER}; train one first")
     return model_class.from_pretrained(source, dtype=torch.float32).eval()
 
 
-def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
+def copy_texts(model: DecoderWithHead, source: str, out: Path) -> None:
     """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
     model.config.save_pretrained(out)
     directory = Path(_resolve(source))
@@ -58,8 +67,9 @@ def copy_texts(model: DecoderForCausalLM, source: str, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
             (out / name).write_bytes((directory / name).read_bytes())
-    if not (out / "generation_config.json").exists() and model.generation_config is not None:
-        model.generation_config.save_pretrained(out)
+    config = model.generation_config if isinstance(model, DecoderForCausalLM) else None
+    if not (out / "generation_config.json").exists() and config is not None:
+        config.save_pretrained(out)
 
 
 def _resolve(source: str) -> str:

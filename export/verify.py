@@ -21,7 +21,7 @@ from runtime import ArtifactError, Engine, load
 from runtime.artifact import MANIFEST, Window, read_artifact
 from runtime.session import OnnxSession
 from runtime.signature import SIGNATURE
-from wm_models.decoder import DecoderForCausalLM
+from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 
 from .artifact import VERIFICATION, replacing, write_json, write_manifest
 from .errors import ExportError
@@ -94,7 +94,7 @@ def probe_plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
     return cases
 
 
-def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np.ndarray:
+def eager_logits(model: DecoderWithHead, ids: torch.Tensor, first: int) -> np.ndarray:
     """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
 
     Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it, and where a share of all
@@ -105,11 +105,24 @@ def eager_logits(model: DecoderForCausalLM, ids: torch.Tensor, first: int) -> np
         if model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio:
             cache, rows = DynamicCache(config=model.config), []
             for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[0]))]:
-                logits = model(ids[None, start:end], cache=cache, logits_to_keep=1).logits
-                rows.append(logits[0, -1].float().numpy())
-            return np.stack(rows)
-        positions = torch.arange(first, ids.shape[0])
-        return model(ids[None], logits_to_keep=positions, use_cache=False).logits[0].float().numpy()
+                rows.append(_logits_at(model, ids[start:end], torch.tensor([end - start - 1]), cache))
+            return np.concatenate(rows)
+        return _logits_at(model, ids, torch.arange(first, ids.shape[0]), None)
+
+
+def _logits_at(
+    model: DecoderWithHead, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | None
+) -> np.ndarray:
+    """Logits (positions, V), float32, of one sequence (S,) by the model's own pass.
+
+    A classifier's pass answers for the last token alone, so its head is applied to the hidden states of the others too.
+    """
+    options = {"cache": cache, "use_cache": cache is not None}
+    if isinstance(model, DecoderForCausalLM):
+        logits = model(ids[None], logits_to_keep=positions, **options).logits
+    else:
+        logits = model.head(model.model(ids[None], **options).last_hidden_state[:, positions])
+    return logits[0].float().numpy()
 
 
 def run_case(engine: Engine, case: Case, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -136,6 +149,8 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], kl_
     eager = np.concatenate([e[: len(f)] for e, f in zip(expected, found, strict=True)]).astype(np.float64)
     graph = np.concatenate(found).astype(np.float64)
     difference = np.abs(eager - graph).max(-1)
+    if eager.shape[1] == 1:  # the one label of a classifier stands against zero, as a sigmoid reads it
+        eager, graph = (np.pad(x, ((0, 0), (0, 1))) for x in (eager, graph))
     limit = LOGIT_TOLERANCE * max(1.0, float(np.abs(eager).max()))
     with np.errstate(invalid="ignore"):  # what is not finite does not pass
         log_eager, log_graph = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (eager, graph))
@@ -172,7 +187,7 @@ class Reference:
 
     def __init__(
         self,
-        model: DecoderForCausalLM,
+        model: DecoderWithHead,
         cases: list[Case],
         drawn: Values | None = None,
         text: np.ndarray | None = None,
@@ -212,7 +227,7 @@ class Reference:
 
 
 def references(
-    model: DecoderForCausalLM,
+    model: DecoderWithHead,
     max_length: int,
     max_batch: int,
     window: Window | None,
@@ -246,7 +261,7 @@ def check(directory: Path, answers: list[Reference], report: Callable[[Compariso
 def check_exact(
     directory: Path,
     answers: list[Reference],
-    reload: Callable[[], DecoderForCausalLM],
+    reload: Callable[[], DecoderWithHead],
     report: Callable[[Comparison], None],
 ) -> list[Comparison]:
     """`check`, and where float32 logits do not pass, all of it once more with the eager model in float64 as the judge.
@@ -263,12 +278,13 @@ def check_exact(
     return check(directory, exact, report)
 
 
-def check_quantized(
-    directory: Path, model: DecoderForCausalLM, report: Callable[[Comparison], None]
-) -> list[Comparison]:
-    """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly."""
+def check_quantized(directory: Path, model: DecoderWithHead, report: Callable[[Comparison], None]) -> list[Comparison]:
+    """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly.
+
+    A classifier writes none, and reads other random ids than it was calibrated on.
+    """
     engine = load(directory, allow_unverified=True)
-    graph, text = engine.graph, written_text(engine)
+    graph, text = engine.graph, None if engine.labels else written_text(engine)
     # four bits are calibrated with the model's own A, and lose more with another
     in_sight = graph.quantization == "int8"
     answers, _ = references(model, graph.max_length, graph.max_batch, graph.window, text, in_sight)

@@ -1,4 +1,4 @@
-"""Load an exported model and generate with it. Needs numpy, ONNX Runtime and tokenizers, nothing else of weight."""
+"""Load an exported model and generate or classify with it: numpy, ONNX Runtime, tokenizers, nothing else of weight."""
 
 from .engine import Engine, load
 from .errors import ArtifactError, RequestError, SignatureError

@@ -37,7 +37,7 @@ DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
 
 # Far beyond any model, and small enough that reading up to them harms no machine.
 MOST_FILES, MOST_STATES, MOST_CAPACITIES, MOST_ENGINES = 256, 1 << 14, 256, 64
-MOST_SLOTS, MOST_TOKENS = 1 << 16, 1 << 26
+MOST_SLOTS, MOST_TOKENS, MOST_LABELS = 1 << 16, 1 << 26, 1 << 20
 LARGEST_MANIFEST, LARGEST_TEXT = 4 << 20, 64 << 20  # bytes; texts are what is read whole: JSON files and graphs
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -87,6 +87,12 @@ class Graph:
     capacities: tuple[int, ...]
     states: tuple[State, ...]
     window: Window | None = None
+    labels: int | None = None  # of a classifier
+
+    @property
+    def logits_width(self) -> int:
+        """The logits of a token: one for each id of the vocabulary, or for each label."""
+        return self.vocabulary if self.labels is None else self.labels
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -299,6 +305,7 @@ def _graph(fields: _Fields) -> Graph:
         tuple(capacities),
         tuple(states),
         _window(fields, max_length, states),
+        fields.positive("labels", MOST_LABELS) if "labels" in fields.values else None,
     )
 
 
@@ -392,8 +399,9 @@ def _check_bounds(path: Path, graph: Graph, size: int) -> None:
             raise ArtifactError(
                 f"{path}: {_shown(state.input)} has rows of {row} numbers; {size} bytes of files have no such"
             )
-    if graph.vocabulary > size:
-        raise ArtifactError(f"{path}: vocabulary is {graph.vocabulary}; {size} bytes of files have no such head")
+    for name, count in (("vocabulary", graph.vocabulary), ("labels", graph.labels)):
+        if count is not None and count > size:
+            raise ArtifactError(f"{path}: {name} is {count}; {size} bytes of files have no such head")
 
 
 def _check_graph(path: Path, data: bytes, graph: Graph, files: dict[str, File]) -> set[str]:
@@ -436,7 +444,7 @@ def _check_values(path: Path, graph: Graph, model: OnnxFile) -> None:
         (name, integers, [None] * (2 if name == "input_ids" else 1)) for name in graph.inputs
     ]
     inputs += [(state.input, element, shape) for state, element, shape in states]
-    outputs: list[tuple[str, int, list[int | None]]] = [("logits", logits, [None, None, graph.vocabulary])]
+    outputs: list[tuple[str, int, list[int | None]]] = [("logits", logits, [None, None, graph.logits_width])]
     outputs += [(state.output, element, shape) for state, element, shape in states]
     for expected, found, kind in ((inputs, model.inputs, "input"), (outputs, model.outputs, "output")):
         if len(expected) != len(found):

@@ -1,10 +1,11 @@
-"""Continuous batching: many prompts through a fixed number of slots, and a file of them in and out.
+"""Continuous batching: many prompts through a fixed number of slots, and a file of them in and out; a file of texts to
+classify, likewise.
 
 B slots, S new tokens, V vocabulary.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from .engine import Engine
 from .errors import RequestError
+from .labels import label_scores
 from .sampling import Sampler
 from .text import encode
 
@@ -44,6 +46,7 @@ def generate_many(
     neither read nor written for it. With `seed`, a prompt's draws are those of `seed` plus its line.
     Raises `RequestError` for a prompt that does not fit, before anything runs.
     """
+    engine.check_task(classifies=False)
     limit = engine.graph.max_length
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
@@ -93,8 +96,8 @@ def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, sl
     done.append(slot)
 
 
-def read_prompts(engine: Engine, path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file, each line an object with `prompt`, a text, or `ids`. Raises `RequestError`."""
+def read_prompts(engine: Engine, path: Path, key: str = "prompt") -> list[Prompt]:
+    """The prompts of a JSONL file, each line an object with a text, under `key`, or `ids`. Raises `RequestError`."""
     prompts = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
         where = f"{path}: line {number + 1}"
@@ -102,23 +105,23 @@ def read_prompts(engine: Engine, path: Path) -> list[Prompt]:
             given = json.loads(text)
         except ValueError as error:
             raise RequestError(f"{where} is no JSON: {error}") from error
-        if not isinstance(given, dict) or ("prompt" in given) == ("ids" in given):
-            raise RequestError(f"{where}: expected an object with either a prompt or ids")
+        if not isinstance(given, dict) or (key in given) == ("ids" in given):
+            raise RequestError(f"{where}: expected an object with either a {key} or ids")
         if "ids" in given:
             ids = given["ids"]
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise RequestError(f"{where}: ids are {str(ids)[:60]}; expected a list of integers")
-        elif not isinstance(given["prompt"], str):
-            raise RequestError(f"{where}: prompt is {type(given['prompt']).__name__}; expected a text")
+        elif not isinstance(given[key], str):
+            raise RequestError(f"{where}: {key} is {type(given[key]).__name__}; expected a text")
         else:
-            ids = encode(engine.tokenizer, given["prompt"], engine.artifact)
+            ids = encode(engine.tokenizer, given[key], engine.artifact)
         try:
             engine.check_prompt(ids)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from error
         prompts.append(Prompt(number, given, ids))
     if not prompts:
-        raise RequestError(f"{path}: is empty; expected a prompt on each line")
+        raise RequestError(f"{path}: is empty; expected a {key} on each line")
     return prompts
 
 
@@ -155,16 +158,44 @@ def generate_file(
 
     A line is the prompt's object with `line`, `new_ids` and, where there is a tokenizer, `text`.
     """
+
+    def answers(left: list[Prompt]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
+        for prompt, new in generate_many(engine, left, max_new_tokens, slots, **sampling):
+            text = {} if engine.tokenizer is None else {"text": engine.tokenizer.decode(new)}
+            yield prompt, {"new_ids": new, **text}
+
+    engine.check_task(classifies=False)
+    return _append_answers(prompts, out, answers)
+
+
+def classify_file(engine: Engine, prompts: Sequence[Prompt], out: Path) -> Iterator[int]:
+    """Classify what `out` lacks of `prompts`, likewise.
+
+    A line is the prompt's object with `line` and, as its `prediction`, the likeliest `label`, its `score` and all
+    `logits`, in the order of `Engine.labels`.
+    """
+
+    def answers(left: list[Prompt]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
+        for index, logits in engine.classify_each([prompt.ids for prompt in left]):
+            best = int(logits.argmax())
+            score = float(label_scores(engine.artifact, logits[None])[0, best])
+            found = {"label": engine.labels[best], "score": score, "logits": logits.tolist()}
+            yield left[index], {"prediction": found}  # apart from the prompt's own label, which it may have
+
+    engine.check_task(classifies=True)
+    return _append_answers(prompts, out, answers)
+
+
+def _append_answers(
+    prompts: Sequence[Prompt], out: Path, answers: Callable[[list[Prompt]], Iterator[tuple[Prompt, dict[str, Any]]]]
+) -> Iterator[int]:
     done = finished_lines(out, prompts)
     left = [prompt for prompt in prompts if prompt.line not in done]
     yield from sorted(done)
     if not left:
         return
     with out.open("a", encoding="utf-8") as stream:
-        for prompt, new in generate_many(engine, left, max_new_tokens, slots, **sampling):
-            answer = {**prompt.given, "line": prompt.line, "new_ids": new}
-            if engine.tokenizer is not None:
-                answer["text"] = engine.tokenizer.decode(new)
-            stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        for prompt, answer in answers(left):
+            stream.write(json.dumps({**prompt.given, "line": prompt.line, **answer}, ensure_ascii=False) + "\n")
             stream.flush()
             yield prompt.line

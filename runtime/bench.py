@@ -43,6 +43,8 @@ def measure(
     started = time.perf_counter()
     engine = load(directory, backend, provider=provider, threads=threads)
     load_seconds = time.perf_counter() - started
+    if engine.labels:
+        raise RequestError(f"{directory}: is a classifier, which writes no text; bench measures a language model")
     if min(prompt_length, new_tokens - 1, rounds) < 1 or prompt_length + new_tokens > engine.graph.max_length:
         raise RequestError(
             f"a prompt of {prompt_length} and {new_tokens} new tokens, {rounds} rounds; expected at least 1, 2 and 1, "

@@ -1,5 +1,6 @@
-"""The command `wm-run`: generate, bench."""
+"""The command `wm-run`: generate, classify, bench."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from rich.progress import track
 from .console import run
 from .engine import Engine, load
 from .errors import RequestError
+from .labels import label_scores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
@@ -17,6 +19,7 @@ PublicKey = Annotated[Path | None, typer.Option(help="Load only what the holder 
 Backend = Annotated[str, typer.Option(help="auto, onnx (ONNX Runtime), or tensorrt (the artifact's engine).")]
 Provider = Annotated[str, typer.Option(help="What ONNX Runtime computes on: auto, cpu, cuda or tensorrt.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: the physical cores.")]
+Unverified = Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")]
 
 
 @app.command()
@@ -42,7 +45,7 @@ def generate(
     provider: Provider = "cpu",
     threads: Threads = None,
     public_key: PublicKey = None,
-    allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")] = False,
+    allow_unverified: Unverified = False,
 ) -> None:
     """Continue a prompt, whose text streams as it comes, or a file of them."""
     if sum(given is not None for given in (prompt, ids, prompts)) != 1:
@@ -54,6 +57,7 @@ def generate(
     engine = load(
         directory, backend, provider=provider, threads=threads, allow_unverified=allow_unverified, public_key=public_key
     )
+    engine.check_task(classifies=False)
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -72,6 +76,39 @@ def generate(
         for index, token in enumerate(tokens):
             print(f",{token}" if index else token, end="", flush=True)
         print()
+
+
+@app.command()
+def classify(
+    directory: Directory,
+    text: Annotated[str | None, typer.Option(help="Text to classify.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids to classify, as 1,2,3.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help='A JSONL file of texts, {"text": …} or {"ids": …} a line; needs --out.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSONL file for --texts; what it has is not done again.")] = None,
+    backend: Backend = "auto",
+    provider: Provider = "cpu",
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    allow_unverified: Unverified = False,
+) -> None:
+    """Print each label with its probability, the likeliest first; or classify a file of texts."""
+    if sum(given is not None for given in (text, ids, texts)) != 1:
+        raise RequestError("expected one of --text, --ids and --texts")
+    if (texts is None) != (out is None):
+        raise RequestError("expected --texts and --out together")
+    engine = load(
+        directory, backend, provider=provider, threads=threads, allow_unverified=allow_unverified, public_key=public_key
+    )
+    engine.check_task(classifies=True)
+    if texts is not None and out is not None:
+        _classify_file(engine, texts, out)
+        return
+    logits = engine.classify(_parse_ids(ids or "") if text is None else text)
+    scores = label_scores(engine.artifact, logits)[0]
+    for index in (-scores).argsort(kind="stable"):
+        print(f"{engine.labels[index]}: {scores[index]:.4g}")
 
 
 @app.command()
@@ -119,8 +156,18 @@ def _generate_file(
     prompts, most = read_prompts(engine, path), engine.graph.max_batch
     if slots is not None and not 1 <= slots <= most:
         raise RequestError(f"--slots is {slots}; this artifact serves 1 to {most}")
-    lines = generate_file(engine, prompts, out, max_new_tokens, slots or most, **sampling)
-    for _ in track(lines, path.name, len(prompts), console=Console(stderr=True)):
+    _show_progress(generate_file(engine, prompts, out, max_new_tokens, slots or most, **sampling), path, len(prompts))
+
+
+def _classify_file(engine: Engine, path: Path, out: Path) -> None:
+    from .batch import classify_file, read_prompts
+
+    prompts = read_prompts(engine, path, key="text")
+    _show_progress(classify_file(engine, prompts, out), path, len(prompts))
+
+
+def _show_progress(lines: Iterator[int], path: Path, count: int) -> None:
+    for _ in track(lines, path.name, count, console=Console(stderr=True)):
         pass
 
 

@@ -1,9 +1,10 @@
-"""The decode loop over a loaded artifact: prefill, decode, generate.
+"""The decode loop over a loaded artifact: prefill, decode, generate; or, of a classifier, classify.
 
 B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .cuda import Device, gpu_count
 from .errors import ArtifactError, RequestError
 from .exclusive import Exclusive, exclusive
 from .gpu import GpuSession
+from .labels import CONFIG, label_names
 from .onnx_gpu import OnnxGpuSession, choose_provider
 from .sampling import Sampler
 from .session import OnnxSession
@@ -77,13 +79,16 @@ class Engine:
 
     `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's. One thread uses it
     at a time: another one's call raises `RequestError` at once, as does a stream whose slot was used meanwhile, and
-    any use in a process forked since it was loaded.
+    any use in a process forked since it was loaded. `labels` are a classifier's, by name; a language model has none.
     """
 
     def __init__(self, artifact: Artifact, session: Session):
         self.artifact, self.graph, self.session = artifact, session.graph, session
         self.tokenizer = load_tokenizer(artifact)
         self.end_ids = _end_ids(artifact)
+        self.labels = label_names(artifact)
+        padding = artifact.read_json(CONFIG).get("pad_token_id")
+        self._padding = padding if isinstance(padding, int) else -1  # which is no id
         self.in_use = Exclusive()
         self._lengths = np.zeros(0, np.int64)
 
@@ -189,6 +194,13 @@ class Engine:
         if held is not self._lengths:
             raise RequestError("another call used these slots meanwhile; finish one generation before the next begins")
 
+    def check_task(self, classifies: bool) -> None:
+        """Raise `RequestError` where this is a language model and a classifier is asked for, or the reverse."""
+        if classifies and not self.labels:
+            raise RequestError(f"{self.artifact.path}: is a language model, which has no labels; use generate")
+        if not classifies and self.labels:
+            raise RequestError(f"{self.artifact.path}: is a classifier, which writes no text; use classify")
+
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise `RequestError` unless `ids` may begin a sequence."""
         if not len(ids):
@@ -209,6 +221,7 @@ class Engine:
         It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
         `sampling`: the fields of `runtime.sampling.Sampler`. Raises `RequestError`.
         """
+        self.check_task(classifies=False)
         sampler = Sampler(**sampling)
         if max_new_tokens < 0:
             raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
@@ -255,10 +268,62 @@ class Engine:
 
         `sampling`: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`. Raises `RequestError`.
         """
+        self.check_task(classifies=False)
         ids = encode(self.tokenizer, prompt, self.artifact)
         assert self.tokenizer is not None  # or encode had raised
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         return until(pieces(self.tokenizer, self.stream_ids(ids, max_new_tokens, **sampling)), stops)
+
+    def classify(self, inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> np.ndarray:
+        """Logits (B, labels), float32, of a text or of its ids, or of each of several, in an engine reset for them.
+
+        Those of a text's last token that is no padding, as transformers' classifiers have it: ids that end in
+        config.json's `pad_token_id` are read up to there. Raises `RequestError` before anything runs where an input
+        does not fit.
+        """
+        self.check_task(classifies=True)
+        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], Integral))
+        rows: Any = [inputs] if single else inputs
+        rows = [encode(self.tokenizer, row, self.artifact) if isinstance(row, str) else row for row in rows]
+        if not rows:
+            raise RequestError("there is nothing to classify; expected a text, ids, or several of them")
+        found = dict(self.classify_each(rows))
+        return np.stack([found[index] for index in range(len(rows))])
+
+    def classify_each(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The index and the logits (labels,) of each of several sequences of ids, as they come: the shortest first.
+
+        As many at a time as there are slots. See `classify`.
+        """
+        self.check_task(classifies=True)
+        texts = []
+        for index, row in enumerate(rows):
+            ids = np.asarray(row)
+            try:
+                if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+                    raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (S,)")
+                self.check_prompt(row)
+            except RequestError as error:
+                raise RequestError(f"input {index + 1}: {error}") from error
+            real = np.flatnonzero(ids != self._padding)
+            texts.append(ids[: real[-1] + 1 if real.size else 1])
+        return self._classify_each(texts)
+
+    def _classify_each(self, texts: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        order = sorted(range(len(texts)), key=lambda index: texts[index].size)  # rows of like lengths need less padding
+        for start in range(0, len(order), self.graph.max_batch):
+            chosen = order[start : start + self.graph.max_batch]
+            lengths = np.array([texts[index].size for index in chosen])
+            ids = np.zeros((len(chosen), lengths.max()), np.int64)
+            for row, index in enumerate(chosen):
+                ids[row, : lengths[row]] = texts[index]
+            with self.in_use:
+                self.reserve(*ids.shape)
+                logits = self.prefill(ids, lengths).copy()
+            for index, row in zip(chosen, logits, strict=True):
+                if not np.isfinite(row).all():
+                    raise RequestError(f"the logits of input {index + 1} are not finite; the weights or dtype overflow")
+                yield index, row
 
     def _check(self, ids: np.ndarray, new: np.ndarray, fresh: bool = False) -> None:
         """Raise `RequestError` unless ids (B, S), of which new (B,) are real, may be appended."""

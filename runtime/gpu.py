@@ -52,7 +52,7 @@ class GpuSession:
             rows = self.chunk if self.graph.logits == "all" else 1
             for name, shape, dtype in (
                 ("inputs", (batch * (self.chunk + self.lengths),), np.int64),
-                ("logits", (batch * rows * self.graph.vocabulary,), STORAGE[self.graph.dtype]),
+                ("logits", (batch * rows * self.graph.logits_width,), STORAGE[self.graph.dtype]),
                 ("next_ids", (batch * rows,), np.int64),
             ):
                 self.host[name] = self.device.host_array(shape, dtype)
@@ -73,7 +73,7 @@ class GpuSession:
         width = np.dtype(STORAGE[self.graph.dtype]).itemsize
         sizes = {state.input: self.state_bytes(state, batch, capacity) for state in self.graph.states}
         sizes["inputs"] = batch * (self.chunk + self.lengths) * INT64
-        sizes["logits"], sizes["next_ids"] = rows * self.graph.vocabulary * width, rows * INT64
+        sizes["logits"], sizes["next_ids"] = rows * self.graph.logits_width * width, rows * INT64
         return sizes
 
     def state_bytes(self, state: State, batch: int, capacity: int) -> int:
@@ -127,7 +127,7 @@ class GpuSession:
             self.device.synchronize()
             ids = self.host["next_ids"][: batch * rows].reshape(batch, rows, 1)
             return last_rows(ids, sequence_lengths)[:, 0].copy()
-        logits = self.host["logits"][: batch * rows * self.graph.vocabulary].reshape(batch, rows, -1)
+        logits = self.host["logits"][: batch * rows * self.graph.logits_width].reshape(batch, rows, -1)
         self.device.download(logits, self.addresses["logits"])
         self.device.synchronize()
         found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
@@ -141,7 +141,7 @@ class GpuSession:
         lengths = cache_lengths.copy()
         others = np.delete(lengths, slot)
         room = self.capacity - int(others[others < self.capacity].max(initial=0))
-        found = np.zeros((0, self.graph.vocabulary), np.float32)
+        found = np.zeros((0, self.graph.logits_width), np.float32)
         for start in range(0, input_ids.size, room):
             chunk = input_ids[start : start + room]
             ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)

@@ -124,7 +124,7 @@ class OnnxGpuSession(GpuSession):
         for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
             bind(binding.bind_input, name, "int64", shape, address)
         rows = length if self.graph.logits == "all" else 1
-        logits = (self.batch, rows, self.graph.vocabulary)
+        logits = (self.batch, rows, self.graph.logits_width)
         bind(binding.bind_output, "logits", self.graph.dtype, logits, self.addresses["logits"])
         for state in self.graph.states:
             shape = state.sized(self.batch, self.graph.rows(self.capacity))

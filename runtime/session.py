@@ -141,7 +141,7 @@ class OnnxSession:
         for name, buffer in zip(names, inputs, strict=True):
             _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
         rows = length if self.graph.logits == "all" else 1
-        logits = _zeros((batch, rows, self.graph.vocabulary), self.graph.dtype)
+        logits = _zeros((batch, rows, self.graph.logits_width), self.graph.dtype)
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
         for state, cache in zip(self.graph.states, self.caches, strict=True):
             _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])

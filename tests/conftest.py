@@ -10,7 +10,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wm_models import DogeForCausalLM
+import wm_models
+from wm_models import DogeForCausalLM, DogeForSequenceClassification
 
 SMALL = {
     "vocab_size": 211,
@@ -38,19 +39,19 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise)
 
 
-def rival(**changes: object) -> transformers.DogeForCausalLM:
-    """transformers' own Doge, small and randomised."""
-    model = transformers.DogeForCausalLM(transformers.DogeConfig(**{**SMALL, **changes})).eval()
+def rival(**changes: object) -> transformers.DogeForCausalLM | transformers.DogeForSequenceClassification:
+    """transformers' own Doge, small and randomised; a classifier where `num_labels` or `id2label` says so."""
+    classifies = {"num_labels", "id2label"} & changes.keys()
+    kind = transformers.DogeForSequenceClassification if classifies else transformers.DogeForCausalLM
+    model = kind(transformers.DogeConfig(**{**SMALL, **changes})).eval()
     randomise(model)
     return model
 
 
-def ours(model: transformers.DogeForCausalLM, **config: object) -> DogeForCausalLM:
+def ours(model: transformers.PreTrainedModel, **config: object) -> DogeForCausalLM | DogeForSequenceClassification:
     """This project's Doge with the same weights."""
-    from wm_models import DogeConfig
-
     fields = {"expert_routing": "batch", **model.config.to_dict(), **config}
-    copy = DogeForCausalLM(DogeConfig(**fields)).eval()
+    copy = getattr(wm_models, type(model).__name__)(wm_models.DogeConfig(**fields)).eval()
     copy.load_state_dict(model.state_dict())
     return copy
 

@@ -280,7 +280,7 @@ def _names(
         is_head = name in (HEAD, CLASSIFIER)
         names[name] = generation.spell(name if is_head else prefix + bare if whole else bare)
     optional = {HEAD} if config.tie_word_embeddings else set()
-    if HEAD in stored:
+    if HEAD in stored or config.tie_word_embeddings:  # a language model's
         optional.add(CLASSIFIER)
     return names, optional
 

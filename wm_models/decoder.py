@@ -187,13 +187,57 @@ class DecoderModel(DecoderPreTrainedModel):
         dropped_lengths: torch.Tensor | None = None,
         pass_type: type[StepPass] = StepPass,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
-        """As `DecoderForCausalLM.step`, but returns the hidden states (B, S, D) and the caches."""
+        """As `DecoderWithHead.step`, but returns the hidden states (B, S, D) and the caches."""
         lengths = cache_lengths, sequence_lengths
         run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], *lengths, caches, dropped_lengths)
         return self.run(self.embed_tokens(input_ids), run)[0], run.written
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderWithHead(DecoderPreTrainedModel):
+    """What a language model and a classifier have in common: a base model, a head, and a step over static caches."""
+
+    model: DecoderModel
+
+    @property
+    def head(self) -> nn.Linear:
+        """Hidden states to logits, which a subclass keeps under its checkpoint's name."""
+        raise NotImplementedError
+
+    def new_caches(self, batch: int, capacity: int) -> list[LayerCache]:
+        """Empty static caches for `step`, one a layer: `batch` slots of `capacity` tokens, on the model's device."""
+        layers: Any = self.model.layers
+        return [layer.mixer.new_cache(batch, capacity) for layer in layers]
+
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        sequence_lengths: torch.Tensor,
+        caches: Sequence[LayerCache],
+        dropped_lengths: torch.Tensor | None = None,
+        *,
+        all_logits: bool = False,
+        pass_type: type[StepPass] = StepPass,
+    ) -> tuple[torch.Tensor, list[LayerCache]]:
+        """One chunk of tokens for every slot of static caches: the function that is compiled and exported.
+
+        input_ids (B, S) int64, right-padded; cache_lengths (B) int64, the tokens each slot already holds;
+        sequence_lengths (B) int64, each slot's real new tokens (0: the slot is idle and keeps its content).
+        cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
+        cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were taken
+        out since, see `StepPass`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's last real
+        token, or (B, S, V) with `all_logits`, where V is a classifier's number of labels, and the caches, which
+        `StepPass` writes in place.
+        """
+        lengths = cache_lengths, sequence_lengths
+        hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, pass_type)
+        if not all_logits:
+            last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
+            hidden = hidden.gather(1, last)
+        return self.head(hidden), caches
+
+
+class DecoderForCausalLM(DecoderWithHead, GenerationMixin):
     """The base model with its language-model head."""
 
     model_class: ClassVar[type[DecoderModel]]
@@ -205,6 +249,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.lm_head
 
     @earlier_cache_name
     @can_return_tuple
@@ -277,35 +325,3 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if is_empty(cache):
             return attention_mask
         return visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
-
-    def new_caches(self, batch: int, capacity: int) -> list[LayerCache]:
-        """Empty static caches for `step`, one a layer: `batch` slots of `capacity` tokens, on the model's device."""
-        layers: Any = self.model.layers
-        return [layer.mixer.new_cache(batch, capacity) for layer in layers]
-
-    def step(
-        self,
-        input_ids: torch.Tensor,
-        cache_lengths: torch.Tensor,
-        sequence_lengths: torch.Tensor,
-        caches: Sequence[LayerCache],
-        dropped_lengths: torch.Tensor | None = None,
-        *,
-        all_logits: bool = False,
-        pass_type: type[StepPass] = StepPass,
-    ) -> tuple[torch.Tensor, list[LayerCache]]:
-        """One chunk of tokens for every slot of static caches: the function that is compiled and exported.
-
-        input_ids (B, S) int64, right-padded; cache_lengths (B) int64, the tokens each slot already holds;
-        sequence_lengths (B) int64, each slot's real new tokens (0: the slot is idle and keeps its content).
-        cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
-        cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were taken
-        out since, see `StepPass`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's last real
-        token, or (B, S, V) with `all_logits`, and the caches, which `StepPass` writes in place.
-        """
-        lengths = cache_lengths, sequence_lengths
-        hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, pass_type)
-        if not all_logits:
-            last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
-            hidden = hidden.gather(1, last)
-        return self.lm_head(hidden), caches

@@ -4,12 +4,13 @@ import logging
 import os
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from .attention import DMAttention
 from .configuration import DogeConfig
-from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel
+from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel, DecoderWithHead
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,14 @@ class DogeForCausalLM(DogePreTrainedModel, DecoderForCausalLM):
     model_class = DogeModel
 
 
-class DogeForSequenceClassification(GenericForSequenceClassification, DogePreTrainedModel):
+class DogeForSequenceClassification(GenericForSequenceClassification, DogePreTrainedModel, DecoderWithHead):
     """Doge with a classifier, `score`, of each sequence's last token that is no padding: logits (B, labels)."""
+
+    score: nn.Linear
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.score
 
 
 # `exist_ok`, for transformers has a class of the same name, which stays registered for its own model type.

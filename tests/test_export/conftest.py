@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, ours, randomise, rival
 
 from export import export_onnx
-from export.artifact import describe, parameter_count, save_graph, write_manifest
+from export.artifact import describe, label_count, parameter_count, save_graph, write_manifest
 from export.graph import cache_window, lower
 from export.onnx import DTYPES, SPARE
 from runtime.artifact import Artifact, read_artifact
@@ -37,6 +37,11 @@ VARIANTS = {
     "hybrid": (HYBRID, {}),
     "hybrid experts": ({**HYBRID, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
     "hybrid bf16": (HYBRID, {"dtype": "bf16"}),
+    "classifier": ({"num_labels": 3, "pad_token_id": 2}, {}),
+    "classifier, one label": ({"num_labels": 1}, {"dtype": "fp16", "max_length": 80}),
+    "classifier bf16": ({"num_labels": 3}, {"dtype": "bf16", "max_length": 80}),
+    "classifier int8": ({"num_labels": 40}, {"quantize": "int8", "max_length": 80}),
+    "classifier int4": ({"num_labels": 3, "logit_scale": 0.25}, {"quantize": "int4", "max_length": 80}),
     "one slot": ({}, {"max_batch": 1, "max_length": 300}),
 }  # fmt: skip
 
@@ -60,13 +65,14 @@ def lowered(
 ) -> Artifact:
     """An artifact of `model`, which is used up, without its comparison with the eager model: for what comes after."""
     directory.mkdir(parents=True)
-    config, parameters = model.config.to_dict(), parameter_count(model)
+    config, parameters, labels = model.config.to_dict(), parameter_count(model), label_count(model)
     name = str(DTYPES[dtype]).removeprefix("torch.")
     window = cache_window(model.config, max_length, spare)
     bounds = {"max_batch": max_batch, "max_length": max_length, "window": window}
     graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
-    write_manifest(directory, describe(graph, config, parameters, dtype=name, logits="last", **bounds), verified=True)
+    sizes = {"dtype": name, "logits": "last", "labels": labels, **bounds}
+    write_manifest(directory, describe(graph, config, parameters, **sizes), verified=True)
     return read_artifact(directory)
 
 

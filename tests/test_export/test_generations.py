@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import golden
@@ -40,26 +39,37 @@ def test_batch_routing_is_refused_with_what_changes_it(tmp_path):
     assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", max_length=60))
 
 
-class Logits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+def classifier(name, directory):
+    """The published classifier, or a new one on a published language model; its config says which."""
+    checkpoint = golden(name).save(directory)
+    if name == "doge-2025-01-classification":
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(
+            json.dumps({**config, "architectures": ["DogeForSequenceClassification"]})
+        )
+        return checkpoint
+    model = DogeForSequenceClassification.from_pretrained(checkpoint, num_labels=4, expert_routing=ROUTING[name])
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(checkpoint)
+    return checkpoint
 
-    def forward(self, input_ids):
-        return self.model(input_ids, use_cache=False).logits
+
+ROUTING = {"doge-2025-01-cdmoe": "product_keys", "doge-2025-04-cdmoe": "token", "doge-2025-08-dense": "token"}
 
 
 @torch.no_grad()
-def test_a_classifier_as_onnx(tmp_path):
-    reference = golden("doge-2025-01-classification")
-    model = DogeForSequenceClassification.from_pretrained(reference.save(tmp_path))
-    ids, open_dims = reference.inputs["input_ids"], {0: "batch", 1: "length"}
-    program = torch.onnx.export(
-        Logits(model), (ids,), dynamo=True, opset_version=24, verbose=False, dynamic_shapes=(open_dims,)
-    )
-    program.save(tmp_path / "classifier.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "classifier.onnx", providers=["CPUExecutionProvider"])
-    for batch, length in ((3, 12), (1, 30), (5, 2)):
-        ids = torch.randint(3, 61, (batch, length))
-        found = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
-        np.testing.assert_allclose(found, model(ids).logits.numpy(), atol=1e-5)
+@pytest.mark.parametrize("name", ["doge-2025-01-classification", *ROUTING])
+def test_a_classifier(name, tmp_path):
+    checkpoint = classifier(name, tmp_path / "checkpoint")
+    verdicts = export_onnx(checkpoint, tmp_path / "artifact", max_length=60, max_batch=2)
+    assert len(verdicts) >= 5
+    assert all(verdict.passed for verdict in verdicts)
+    model, engine = DogeForSequenceClassification.from_pretrained(checkpoint).eval(), load(tmp_path / "artifact")
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(3, model.config.vocab_size, length).tolist() for length in (12, 1, 60, 30)]
+    expected = np.concatenate([model(torch.tensor([text])).logits.numpy() for text in texts])
+    np.testing.assert_allclose(engine.classify(texts), expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+    if name == "doge-2025-01-classification":
+        reference = golden(name)
+        found = engine.classify(reference.inputs["input_ids"].numpy())
+        np.testing.assert_allclose(found, reference.outputs["logits"], atol=1e-4)

@@ -1,18 +1,21 @@
 """Every variant goes through, is verified, and a fault in the graph is found."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 
 from export import ExportError, artifact, export_onnx, graph, verify
+from export.verify import Case, compare
 from runtime import ArtifactError, load
 from runtime.artifact import INPUTS
 from test_export.conftest import VARIANTS, save_checkpoint
-from wm_models import CheemsForCausalLM, DogeForCausalLM
+from wm_models import CheemsForCausalLM, DogeForCausalLM, DogeForSequenceClassification
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -111,6 +114,57 @@ def test_dynamic_rope_beyond_the_trained_length(exported):
         for row, length in ((0, 300), (1, 50)):
             expected = model(torch.from_numpy(ids[row : row + 1, :length])).logits[0, -1].numpy()
             np.testing.assert_allclose(found[row], expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_classifier_is_transformers_own(exported):
+    """Texts of several lengths alone, and together in ragged batches, more of them than there are slots."""
+    checkpoint, directory, _ = exported("classifier")
+    model, engine = transformers.DogeForSequenceClassification.from_pretrained(checkpoint), load(directory)
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(3, 211, length) for length in (1, 2, 17, 100, 300, 512, 64, 5, 230, 33, 8)]
+    expected = [model(torch.from_numpy(text)[None]).logits[0].numpy() for text in texts]
+    for text, logits in zip(texts, expected, strict=True):
+        limit = 1e-4 * max(1, np.abs(logits).max())
+        np.testing.assert_allclose(engine.classify(text)[0], logits, rtol=0, atol=limit)
+    limit = 1e-4 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(engine.classify(texts), expected, rtol=0, atol=limit)
+    padded = np.full((3, 110), 2)
+    for row, text in zip(padded, texts[1:4], strict=True):
+        row[: len(text)] = text
+    found = engine.classify(padded)
+    np.testing.assert_allclose(found, model(torch.from_numpy(padded)).logits, rtol=0, atol=limit)
+    np.testing.assert_allclose(found, expected[1:4], rtol=0, atol=limit)
+
+
+def test_a_classifier_is_verified_again_and_with_other_labels(exported, tmp_path):
+    checkpoint, directory, _ = exported("classifier, one label")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    model = DogeForSequenceClassification.from_pretrained(other)
+    model.score.weight.data.neg_()
+    model.save_pretrained(other)
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    assert all(verdict.passed for verdict in verify(copy))
+    assert not any(verdict.passed for verdict in verify(copy, str(other)))
+
+
+def test_one_label_is_compared_by_its_size():
+    """A softmax over one logit is always one, and would pass whatever that is."""
+    case, logits = Case("", (1,), 3, (0,)), np.array([[-3.0], [0.5], [2.0], [5.0]])
+    assert compare(case, [logits], [logits + 1e-3], 1e-3).passed
+    assert not compare(case, [logits], [logits + 0.5], 1e-3).passed
+
+
+def test_what_classifiers_are_refused(exported, tmp_path):
+    for variant, words in (
+        ("biased, untied", r"without a classifier's score\.weight"),
+        ("hybrid", "is a classifier of Cheems"),
+    ):
+        checkpoint = shutil.copytree(exported(variant)[0], tmp_path / variant)
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["XForSequenceClassification"]}))
+        with pytest.raises(ExportError, match=words):
+            export_onnx(checkpoint, tmp_path / "artifact")
 
 
 FAULTS = {

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import SMALL, randomise
+from conftest import SMALL, ours, randomise, rival
 
 from export import ExportError, build_tensorrt
 from export import tensorrt as engines
@@ -154,6 +154,15 @@ def test_cheems(tmp_path, dtype):
     engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
     assert engine["aliased"] == [f"layers.1.{name}.out" for name in ("key", "value", "bias")]
     assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, dtype != "fp32"]]
+
+
+@pytest.mark.slow
+def test_a_classifier(tmp_path):
+    artifact = lowered(tmp_path / "classifier", ours(rival(num_hidden_layers=1, num_labels=3)), "fp16")
+    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, True]]
+    assert len(engine["layers"]["cache_updates"]) == 3
+    assert read_artifact(tmp_path / "out").graph.labels == 3
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ def fresh_compiler():
 
 @pytest.fixture(params=["dense", "experts", "hybrid"])
 def model(request):
+    if request.param == "classifier":
+        return ours(rival(num_labels=3))
     if request.param == "hybrid":
         hybrid = CheemsForCausalLM(CheemsConfig(**SMALL, attn_layer_period=3, attn_layer_offset=1, ssd_chunk_size=16))
         randomise(hybrid)
@@ -58,10 +60,11 @@ def test_prefill(model, tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model", ["dense", "experts", "hybrid", "classifier"], indirect=True)
 def test_step_prefill_and_decode(model, tokens):
     """Static caches: one compilation for the prompt, one for decode, at any position and with any slot idle."""
     compiled = torch.compile(model.step, fullgraph=True)
-    caches, held, full = model.new_caches(3, 100), torch.tensor([0, 0, 0]), model(tokens).logits
+    caches, held, full = model.new_caches(3, 100), torch.tensor([0, 0, 0]), model.head(model.model(tokens)[0])
     new = torch.tensor([30, 11, 23])
     logits, _ = compiled(tokens[:, :30], held, new, caches)
     held = held + new

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import DATA, assert_close, golden, rival
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wm_models import CheckpointError, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, passes
@@ -81,8 +81,14 @@ def test_classification(tmp_path):
     assert_close(model(reference.inputs["input_ids"]).logits, reference.outputs["logits"])
 
 
-def test_a_new_classifier_on_a_language_model(tmp_path):
-    model = DogeForSequenceClassification.from_pretrained(golden("doge-2025-01-dense").save(tmp_path), num_labels=4)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_new_classifier_on_a_language_model(tmp_path, tied):
+    """Whether its head is stored, or is the embedding."""
+    checkpoint = golden("doge-2025-01-dense").save(tmp_path)
+    if tied:
+        DogeForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint)
+        assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")
+    model = DogeForSequenceClassification.from_pretrained(checkpoint, num_labels=4)
     ids = torch.arange(3, 15).view(2, 6)
     loss = model(ids, labels=torch.tensor([1, 3])).loss
     loss.backward()

@@ -239,6 +239,13 @@ def test_request_errors_leave_the_engine_as_it_was(engine, ids, lengths, words):
         engine.decode([1])
 
 
+def test_a_language_model_has_no_labels(engine):
+    assert engine.labels == ()
+    for ask in (lambda: engine.classify("x"), lambda: engine.classify_each([[1]])):
+        with pytest.raises(RequestError, match="is a language model, which has no labels; use generate"):
+            ask()
+
+
 def change_manifest(directory, change):
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -17,6 +17,12 @@ def made(tmp_path_factory):
     return lowered(tmp_path_factory.mktemp("made") / "artifact", model, max_batch=3, max_length=400).path
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    model = ours(rival(num_hidden_layers=1, num_labels=3))
+    return lowered(tmp_path_factory.mktemp("classifier") / "artifact", model, max_batch=2, max_length=64).path
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A driver that shows a GPU."""
@@ -55,10 +61,21 @@ def test_what_is_missing_is_named(gpu, monkeypatch):
 
 
 @pytest.fixture(params=["cuda", "tensorrt"])
-def engine(request, made, gpu, monkeypatch):
-    monkeypatch.setattr(onnx_gpu, "missing", lambda provider: None)
-    monkeypatch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
-    engine = load(made, "onnx", provider=request.param)
+def on_gpu(request, gpu, monkeypatch):
+    """`on_gpu(directory)`: its engine on a provider."""
+
+    def load_there(directory):
+        with monkeypatch.context() as patch:
+            patch.setattr(onnx_gpu, "missing", lambda provider: None)
+            patch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
+            return load(directory, "onnx", provider=request.param)
+
+    return load_there
+
+
+@pytest.fixture
+def engine(made, on_gpu, monkeypatch):
+    engine = on_gpu(made)
     monkeypatch.undo()
     return engine
 
@@ -75,6 +92,14 @@ def test_it_computes_on_the_device(made, engine):
     assert engine.generate_ids([3, 4], 9) == other.generate_ids([3, 4], 9)
     engine.session.release()
     assert engine.session.device.driver.used == 0
+
+
+def test_a_classifier(classifier, on_gpu):
+    """Its logits are as many as labels, on the device too."""
+    texts = [np.arange(3, 3 + length) for length in (9, 1, 64)]
+    engine = on_gpu(classifier)
+    np.testing.assert_allclose(engine.classify(texts), load(classifier, "onnx").classify(texts), atol=1e-5)
+    assert engine.session.host["logits"].size == 3  # one slot in the last batch
 
 
 def test_a_provider_that_was_not_taken_is_an_error(made, gpu, monkeypatch):
