@@ -1,4 +1,4 @@
-"""Decode speed of the dense presets beside their floor and transformers: one table, ratios from one run.
+"""Decode speed of the dense presets beside their floor and their rivals: one table, ratios from one run.
 
 python tests/benchmarks/decode.py [PRESET …]        (default: doge-20m doge-60m doge-160m)
 """
@@ -12,7 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("preset", "tokens/s", "transformers", "times", "decode steps/s", "floor", "share", "peak / weights")
+RIVALS = ("transformers", "mobius-onnx")
+COLUMNS = (
+    "preset", "tokens/s", *(column for rival in RIVALS for column in (rival, "times")),
+    "decode steps/s", "floor", "share", "peak / weights",
+)  # fmt: skip
 
 
 def measure(preset: str, root: Path) -> list[str]:
@@ -20,22 +24,20 @@ def measure(preset: str, root: Path) -> list[str]:
     artifact = str(root / preset)
     commands = Path(sys.executable).parent
     subprocess.run([commands / "wm-export", "onnx", preset, "--out", artifact], check=True)
-    options = ["--against", "transformers", "--threads", "2", "--json"]
+    against = [option for rival in RIVALS for option in ("--against", rival)]
+    options = [*against, "--threads", "2", "--json"]
     done = subprocess.run(
         [commands / "wm-run", "bench", artifact, *options], check=True, stdout=subprocess.PIPE, text=True
     )
     result = json.loads(done.stdout)
-    rival = result["rivals"]["transformers"]
-    numbers = (
-        result["generate_tokens_per_second"],
-        rival["generate_tokens_per_second"],
-        rival["times_as_fast"],
-        result["decode_tokens_per_second"],
-        result["floor_steps_per_second"],
-        result["share_of_floor"],
-        result["peak_over_weights"],
-    )
-    return [preset, *(f"{number:.2f}" for number in numbers)]
+    cells = [f"{result['generate_tokens_per_second']:.1f}"]
+    for name in RIVALS:
+        rival = result["rivals"][name]
+        rate, times = rival.get("generate_tokens_per_second"), rival.get("times_as_fast")
+        cells += ["-", "-"] if rate is None else [f"{rate:.1f}", f"{times:.2f}"]
+    rates = (result["decode_tokens_per_second"], result["floor_steps_per_second"])
+    shares = (result["share_of_floor"], result["peak_over_weights"])
+    return [preset, *cells, *(f"{rate:.1f}" for rate in rates), *(f"{share:.2f}" for share in shares)]
 
 
 def main() -> None:
