@@ -269,8 +269,9 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
 
 
 def test_capacities():
-    assert artifact.capacities(2048) == [256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
-    assert artifact.capacities(1 << 20)[-3:] == [786432, 917504, 1048576]
-    assert artifact.capacities(300) == [256, 300]
-    assert artifact.capacities(256) == [256]
+    sizes = artifact.capacities(2048)
+    assert sizes == [*range(64, 1024, 64), *range(1024, 2048, 128), 2048]
+    assert artifact.capacities(1 << 20)[-3:] == [917504, 983040, 1048576]
+    assert artifact.capacities(100) == [64, 100]
+    assert artifact.capacities(64) == [64]
     assert artifact.capacities(20) == [20]
