@@ -86,7 +86,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter("")
     low, high = axes.get_ylim()
-    ticks = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
+    ticks = [digit * 10**power for power in range(-2, 6) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
     axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     threads = f"{result['threads']} threads" if result["threads"] else "its physical cores"
     where = f"{result['device']}, {threads}" if result["device"] == "CPU" else result["device"]
