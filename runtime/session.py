@@ -63,23 +63,22 @@ class OnnxSession:
     def grow(self, capacity: int) -> None:
         """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
         old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
-        if capacity > self.reserved and new > self.graph.rows(self.reserved):
-            self._check_memory([state for state in self.graph.states if "capacity" in state.shape], self.batch, new)
-            for index, state in enumerate(self.graph.states):
-                if "capacity" in state.shape:
-                    larger = _zeros((prod(state.sized(self.batch, new)),), state.dtype)
-                    larger[: self.memory[index].size] = self.memory[index]
-                    self.memory[index] = larger
+        growing = [index for index, state in enumerate(self.graph.states) if "capacity" in state.shape]
+        if new > self.graph.rows(self.reserved):
+            self._check_memory([self.graph.states[index] for index in growing], self.batch, new)
+            for index in growing:
+                state, held = self.graph.states[index], self.memory[index]
+                self.memory[index] = _zeros((prod(state.sized(self.batch, new)),), state.dtype)
+                self.memory[index][: held.size] = held
         self.reserved = max(capacity, self.reserved)
         if new == old:
             self.capacity = capacity
             return
-        for state, cache in zip(self.graph.states, self.memory, strict=True):
-            if "capacity" in state.shape:
-                axis = state.shape.index("capacity")
-                heads = prod(state.sized(self.batch, old)[:axis])
-                row = prod(state.sized(self.batch, old)[axis + 1 :])
-                _move_apart(cache, heads, old * row, new * row)
+        for index in growing:
+            state = self.graph.states[index]
+            shape, axis = state.sized(self.batch, old), state.shape.index("capacity")
+            row = prod(shape[axis + 1 :])
+            _move_apart(self.memory[index], prod(shape[:axis]), old * row, new * row)
         self._lay_out(capacity)
 
     def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
