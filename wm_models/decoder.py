@@ -17,7 +17,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .attention import DMAttention, Pass, document_index
@@ -25,7 +24,7 @@ from .checkpoint import field_options, find_checkpoint
 from .configuration import DogeConfig
 from .experts import ExpertMLP, ProductKeyExperts, feed_forward
 from .losses import count_predictions, load_balancing_loss, next_token_loss
-from .passes import CachedPass, LayerCache, StepPass, is_empty, past_length, visible_keys
+from .passes import CachedPass, LayerCache, StepPass, earlier_cache_name, is_empty, past_length, visible_keys
 from .rotary import RotaryEmbedding
 from .ssd import SSDMixer
 
@@ -63,10 +62,6 @@ class DecoderLayer(GradientCheckpointingLayer):
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
         y, scores = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
-
-
-# transformers' models take the cache under its earlier name for as long; so do these.
-earlier_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
 
 class DecoderPreTrainedModel(PreTrainedModel):

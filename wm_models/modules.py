@@ -11,7 +11,7 @@ from transformers import Cache
 from .attention import DMAttention
 from .configuration import DogeConfig
 from .experts import ProductKeyExperts
-from .passes import CachedPass, past_length
+from .passes import CachedPass, earlier_cache_name, past_length
 
 
 class UnrotatedPass(CachedPass):
@@ -36,6 +36,7 @@ class DMAttn(DMAttention):
         super().__init__(self.config, layer_idx)
         nn.init.ones_(self.A)
 
+    @earlier_cache_name
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
     ) -> tuple[torch.Tensor, Cache | None]:

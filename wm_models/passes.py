@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
 from .configuration import DogeConfig
@@ -19,6 +20,8 @@ from .rotary import RotaryEmbedding, rotate
 from .ssd import SSDCache
 
 LayerCache: TypeAlias = AttentionCache | SSDCache
+# transformers' models take the cache under its earlier name for as long; so do these.
+earlier_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
 
 def past_length(cache: Cache | None) -> int | torch.Tensor:

@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import assert_close, golden
+from transformers import DynamicCache
 
 from export.graph import unfuse_experts
 from wm_models import CDMoE, DMAttn
@@ -17,6 +18,14 @@ def test_dmattn_as_a_reader_calls_it():
     assert y.shape == (2, 16, 64)
     assert past_key_values is None
     assert torch.equal(attention.A, torch.ones(1))
+
+
+def test_dmattn_takes_the_cache_under_its_earlier_name():
+    attention, cache = DMAttn(d_model=64, n_heads=1, max_position_embeddings=16, layer_idx=0), DynamicCache()
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        _, returned = attention(torch.rand(2, 16, 64), past_key_values=cache)
+    assert returned is cache
+    assert cache.get_seq_length() == 16
 
 
 def test_cdmoe_as_a_reader_calls_it():
