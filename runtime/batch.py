@@ -42,8 +42,8 @@ def generate_many(
     """Each prompt with the ids that follow it, in the order they are finished.
 
     Up to `slots` prompts are under way at once; a slot that is done takes the next prompt between two steps. What a
-    prompt gets depends on itself, on `slots` and on the longest of all, not on its company: the others' rows are
-    neither read nor written for it. With `seed`, a prompt's draws are those of `seed` plus its line.
+    prompt gets depends on itself and on `slots`, not on its company: the others' rows are neither read nor written for
+    it. With `seed`, a prompt's draws are those of `seed` plus its line.
     Raises `RequestError` for a prompt that does not fit, before anything runs.
     """
     engine.check_task(classifies=False)

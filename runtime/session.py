@@ -12,21 +12,23 @@ import numpy as np
 import onnxruntime
 
 from .artifact import ELEMENTS, Artifact, State
+from .denormals import flushed_denormals
 from .errors import ArtifactError
 from .memory import check_memory, use_huge_pages
 from .window import Dropping
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+ALIGNMENT = 64  # bytes, a line of a processor's cache
 
 
 class OnnxSession:
     """A loaded graph with static caches for B slots of C tokens.
 
     Each cache is one buffer bound as the graph's input and as its output, so a step writes its new rows where they
-    belong and copies nothing. Attention reads a cache to its end: the rows of a single slot lie as close as its length
-    allows and move apart, in memory that is there for all of them, as it grows. Several slots keep the capacity they
-    were given, or what one gets would turn, in its last bits, on how long the others are. `threads` defaults to ONNX
-    Runtime's choice, the physical cores.
+    belong and copies nothing. Attention reads a cache to its end: rows lie as close as the longest slot allows and move
+    apart, in memory that is there for all of them, as it grows. What a slot gets does not turn on that, to the bit:
+    capacities are multiples of 64 rows, more than a kernel takes at once, and hidden rows add zeros. `threads` defaults
+    to ONNX Runtime's choice, the physical cores.
     """
 
     device_name = "CPU"
@@ -35,9 +37,10 @@ class OnnxSession:
         self.artifact, self.graph = artifact, artifact.graph
         path = artifact.path / self.graph.cpu_file
         try:
-            self.session: Any = onnxruntime.InferenceSession(
-                path, session_options(threads), providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
+                self.session: Any = onnxruntime.InferenceSession(
+                    path, session_options(threads), providers=["CPUExecutionProvider"], enable_fallback=0
+                )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         use_huge_pages()
@@ -57,19 +60,19 @@ class OnnxSession:
             self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
             self.dropping = Dropping(self.graph, batch)
             self.batch, self.reserved = batch, capacity
-            self.memory = [_zeros((prod(s.sized(batch, rows)),), s.dtype) for s in self.graph.states]
-        self._lay_out(self.graph.capacities[0] if batch == 1 else capacity)
+            self.memory = _buffers(self.graph.states, batch, rows)
+        self._lay_out(self.graph.capacities[0])
 
     def grow(self, capacity: int) -> None:
         """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
         old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
         growing = [index for index, state in enumerate(self.graph.states) if "capacity" in state.shape]
         if new > self.graph.rows(self.reserved):
-            self._check_memory([self.graph.states[index] for index in growing], self.batch, new)
-            for index in growing:
-                state, held = self.graph.states[index], self.memory[index]
-                self.memory[index] = _zeros((prod(state.sized(self.batch, new)),), state.dtype)
-                self.memory[index][: held.size] = held
+            self._check_memory(self.graph.states, self.batch, new)
+            roomier = _buffers(self.graph.states, self.batch, new)
+            for flat, held in zip(roomier, self.memory, strict=True):
+                flat[: held.size] = held
+            self.memory = roomier
         self.reserved = max(capacity, self.reserved)
         if new == old:
             self.capacity = capacity
@@ -126,7 +129,8 @@ class OnnxSession:
         for buffer, value in zip(inputs, values, strict=True):
             buffer[...] = value
         try:
-            self.session.run_with_iobinding(binding)
+            with flushed_denormals():
+                self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
         return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
@@ -157,6 +161,7 @@ def session_options(threads: int | None) -> Any:
     """ONNX Runtime's options for `threads`, None for its own choice."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is in the exceptions
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
@@ -198,6 +203,19 @@ def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
 def first_line(error: Exception) -> str:
     """What ONNX Runtime says, of which the rest is where in its sources it said so."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _buffers(states: Sequence[State], batch: int, rows: int) -> list[np.ndarray]:
+    """Zeros for each state, flat, in one piece of memory: numpy has Linux put those of several MB into huge pages.
+
+    In small ones, every eighth step or so writes to a page of each head that is new, and a page costs a microsecond.
+    """
+    sizes = [-(-state_bytes(state, batch, rows) // ALIGNMENT) * ALIGNMENT for state in states]
+    parts = np.split(np.zeros(sum(sizes), np.uint8), np.cumsum(sizes)[:-1]) if sizes else []
+    return [
+        part[: state_bytes(state, batch, rows)].view(STORAGE[state.dtype])
+        for state, part in zip(states, parts, strict=True)
+    ]
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The runtime on a real artifact: slots, buckets, sampling, text, and what it refuses."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_imports_nothing_heavy():
     code = f"import sys, runtime.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_graph_alone_takes_denormals_for_zero(made):
+    """Also in a process's first session, in which ONNX Runtime would leave the calling thread so."""
+    code = (
+        "import sys\nimport numpy as np\nfrom runtime import load\nfrom runtime.denormals import flushed_denormals\n"
+        "small = np.full(9, 1e-38, np.float32)\ntimes = lambda: bool((small * np.float32(0.1) > 0).all())\n"
+        "found = [times()]\nwith flushed_denormals():\n    found.append(times())\n"
+        "engine = load(sys.argv[1])\nfound.append(times())\nengine.prefill([[1, 2]])\nprint(*found, times())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, made[0]], capture_output=True, text=True, check=True)
+    flushes = sys.platform == "linux" and platform.machine() == "x86_64"
+    assert done.stdout.split() == ["True", str(not flushes), "True", "True"]
 
 
 def test_ragged_slots_in_every_order(made, engine):
