@@ -29,8 +29,8 @@ from runtime.sampling import Sampler
 
 BITS = {"int8": 8, "int4": 4}
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
-# weights to a scale, the first that divides K: four bits lose too much over more than 32
-BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}
+BLOCKS = (128, 64, 32, 16)  # weights to a scale, the first that divides K
+LARGEST_LOOKED_UP = {8: 128, 4: 32}  # of a table, whose rows are also read as they are: nothing makes their errors good
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
@@ -87,8 +87,9 @@ class Use:
         return np.ascontiguousarray(value.T) if self.transposed else value
 
 
-def block_size(columns: int, bits: int) -> int | None:
-    return next((size for size in BLOCKS[bits] if columns % size == 0), None)
+def block_size(columns: int, bits: int, looked_up: bool) -> int | None:
+    largest = LARGEST_LOOKED_UP[bits] if looked_up else BLOCKS[0]
+    return next((size for size in BLOCKS if size <= largest and columns % size == 0), None)
 
 
 def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
@@ -108,7 +109,7 @@ def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
-        if rows >= FEWEST_ROWS and block_size(columns, bits) is not None:
+        if rows >= FEWEST_ROWS and block_size(columns, bits, use.looked_up) is not None:
             yield use
 
 
@@ -252,7 +253,7 @@ def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | Non
         moments = second_moments(graph, directory / "moments.onnx", text, products)
     for use in uses:
         weight = torch.from_numpy(use.matrix())
-        block = block_size(weight.shape[1], bits)
+        block = block_size(weight.shape[1], bits, use.looked_up)
         assert block is not None
         if use.activation in moments:
             damping = LOOKED_UP if use.looked_up else DAMPING

@@ -1,11 +1,11 @@
-"""What the machine allows: a model's linear layers alone, and the bytes a decode step cannot do without.
+"""What the machine allows: a graph's linear layers alone, and the bytes a decode step cannot do without.
 
-D hidden size, V vocabulary.
+K input features, N output features.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -17,13 +17,47 @@ from .session import session_options, state_bytes
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
 
+class Linear(NamedTuple):
+    """A product with a constant weight (K, N): in float, or in codes of `bits` with a scale for each `block` of a K."""
+
+    inner: int
+    outer: int
+    bits: int | None = None
+    block: int | None = None
+
+
+def linear_layers(artifact: Artifact) -> list[Linear]:
+    """Those of the graph that runs on a CPU, in its order; the last is the head."""
+    import onnx
+
+    graph = onnx.load(artifact.path / artifact.graph.cpu_file, load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    found = []
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            found.append(Linear(sizes["K"], sizes["N"], sizes["bits"], sizes["block_size"]))
+        elif node.op_type == "MatMul":
+            name, turned = node.input[1], False
+            while name in producers and producers[name].op_type in ("Transpose", "Cast"):
+                turned ^= producers[name].op_type == "Transpose"
+                name = producers[name].input[0]
+            if len(shapes.get(name, ())) == 2:
+                inner, outer = reversed(shapes[name]) if turned else shapes[name]
+                found.append(Linear(inner, outer))
+    return found
+
+
 def linear_operations(artifact: Artifact, tokens: int) -> int:
-    """Floating-point operations of the linear layers over `tokens` tokens, of which the head sees one."""
-    config = artifact.read_json("config.json")
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
-    weights = config["num_hidden_layers"] * hidden * (2 * hidden + 2 * narrow + 3 * inner)
-    return 2 * (weights * tokens + hidden * config["vocab_size"])
+    """Floating-point operations of the linear layers over `tokens` tokens."""
+    return sum(2 * rows * each.inner * each.outer for each, rows in _with_rows(artifact, tokens))
+
+
+def _with_rows(artifact: Artifact, tokens: int) -> list[tuple[Linear, int]]:
+    """Each linear layer and how many of the tokens it sees: the head, where that is the graph's choice, one."""
+    *layers, head = linear_layers(artifact)
+    return [*((each, tokens) for each in layers), (head, 1 if artifact.graph.logits == "last" else tokens)]
 
 
 def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
@@ -52,63 +86,49 @@ def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
 def linear_floor(
     artifact: Artifact, threads: int | None, tokens: int = 1, steps: int = 48, batch: int = 1
 ) -> Callable[[], float]:
-    """A function that times the model's linear layers alone, chained in one ONNX graph: seconds a step of `tokens` in
-    each of `batch` slots.
+    """A function that times the model's linear layers alone: seconds a step of `tokens` in each of `batch` slots.
 
-    Their weights are random, in float32 or as the artifact's are quantised; the head sees one token a slot. No graph of
-    this model can beat that with these kernels; attention, norms and caches come on top.
+    They run one after the other in a graph of their own, with random weights, in float32 or as the artifact's are
+    quantised. The graph that they come from cannot beat that with these kernels: attention, norms and caches come on
+    top.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    config = artifact.read_json("config.json")
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    narrow = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
-    bits = {"none": None, "int8": 8, "int4": 4}[artifact.graph.quantization]
     draw, nodes, weights = np.random.default_rng(0), [], []
+    inputs: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, tuple[int, ...]] = {}
 
-    def linear(x: str, rows: int, columns: int) -> str:
-        name = f"w{len(weights)}"
-        if bits is None:
-            weights.append(numpy_helper.from_array(draw.standard_normal((rows, columns), np.float32) * 0.03, name))
-            nodes.append(helper.make_node("MatMul", [x, name], [f"{name}.out"]))
-            return f"{name}.out"
-        block = next(size for size in ((32, 16) if bits == 4 else (128, 64, 32, 16)) if rows % size == 0)
-        codes = draw.integers(0, 256, (columns, rows // block, block * bits // 8), np.uint8)
-        weights.append(numpy_helper.from_array(codes, name))
-        weights.append(numpy_helper.from_array(np.full((columns, rows // block), 1e-3, np.float32), f"{name}.scales"))
-        sizes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
-        nodes.append(
-            helper.make_node("MatMulNBits", [x, name, f"{name}.scales"], [f"{name}.out"], domain=CONTRIB, **sizes)
-        )
-        return f"{name}.out"
+    def constant(name: str, value: np.ndarray) -> str:
+        weights.append(numpy_helper.from_array(value, name))
+        return name
 
-    def join(kind: str, inputs: list[str], **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, inputs, [f"n{len(nodes)}"], **attributes))
-        return nodes[-1].output[0]
-
-    x = "x"
-    for _ in range(config["num_hidden_layers"]):
-        query, key, value = linear(x, hidden, hidden), linear(x, hidden, narrow), linear(x, hidden, narrow)
-        pair = join("Concat", [key, value], axis=-1)
-        attended = join("Add", [query, pair]) if 2 * narrow == hidden else query
-        attended = linear(attended, hidden, hidden)
-        x = linear(join("Add", [linear(attended, hidden, inner), linear(attended, hidden, inner)]), inner, hidden)
-    weights.append(numpy_helper.from_array(np.array([tokens - 1]), "last"))
-    y = linear(join("Gather", [x, "last"], axis=1), hidden, vocabulary)
-    graph = helper.make_graph(
-        nodes, "floor",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, tokens, hidden])],
-        [helper.make_tensor_value_info(y, TensorProto.FLOAT, [batch, 1, vocabulary])],
-        weights,
-    )  # fmt: skip
-    session = _session(graph, threads)
-    feed = {"x": np.ones((batch, tokens, hidden), np.float32)}
+    for (inner, outer, bits, block), rows in _with_rows(artifact, tokens):
+        x, y, weight = f"x.{inner}.{rows}", f"y.{len(nodes)}", f"weight.{len(nodes)}"
+        inputs[x], outputs[y] = (batch, rows, inner), (batch, rows, outer)
+        if bits is None or block is None:
+            values = draw.standard_normal((inner, outer), np.float32) * 0.03
+            nodes.append(helper.make_node("MatMul", [x, constant(weight, values)], [y]))
+            continue
+        codes = constant(weight, draw.integers(0, 256, (outer, inner // block, block * bits // 8), np.uint8))
+        scales = constant(f"{weight}.scales", np.full((outer, inner // block), 1e-3, np.float32))
+        sizes: dict[str, Any] = {"K": inner, "N": outer, "bits": bits, "block_size": block, "accuracy_level": 4}
+        nodes.append(helper.make_node("MatMulNBits", [x, codes, scales], [y], domain=CONTRIB, **sizes))
+    inside, outside = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()]
+        for values in (inputs, outputs)
+    )
+    session = _session(helper.make_graph(nodes, "floor", inside, outside, weights), threads)
+    binding = session.io_binding()
+    for name, shape in inputs.items():
+        binding.bind_cpu_input(name, np.ones(shape, np.float32))
+    for name in outputs:
+        binding.bind_output(name)
 
     def run() -> float:
-        session.run(None, feed)
+        session.run_with_iobinding(binding)
         started = time.perf_counter()
         for _ in range(steps):
-            session.run(None, feed)
+            session.run_with_iobinding(binding)
         return (time.perf_counter() - started) / steps
 
     return run

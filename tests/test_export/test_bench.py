@@ -1,12 +1,14 @@
 """What a bench compares with: rivals that are not there, and the bytes a step must read."""
 
 import pytest
+import torch
 
 from export import rival
 from export.source import load_model
 from runtime import load
 from runtime.bench import measure
-from runtime.floor import step_bytes
+from runtime.floor import linear_floor, linear_layers, linear_operations, step_bytes
+from wm_models.attention import DMAttention
 
 
 def test_a_rival_that_cannot_run_is_a_line_of_the_result(exported):
@@ -20,6 +22,24 @@ def test_a_rival_that_is_not_installed_names_its_package(exported, monkeypatch):
     monkeypatch.setattr(rival, "find_spec", lambda name: None)
     with pytest.raises(rival.Failed, match="pip install mobius-onnx"):
         rival.mobius_run(exported("dense")[1], 64, 1)
+
+
+@pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "fp16", "bf16", "int8", "int4"])
+def test_the_floor_has_the_linear_layers_of_the_model(exported, name):
+    """Against torch's own, of which the export merges some: the operations, not the number, are the same."""
+    model = load_model(str(exported(name)[0]), 0)
+    linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+    head = model.get_output_embeddings()
+    work = sum(each.weight.numel() for each in linear)
+    merged = [each for each in model.modules() if isinstance(each, DMAttention)]
+    for attention in merged:  # dt over the value becomes dt over the input, for each query head
+        work += attention.q_proj.in_features * model.config.num_attention_heads - attention.dt_proj.weight.numel()
+    artifact = load(exported(name)[1]).artifact
+    assert linear_operations(artifact, 1) == 2 * work
+    assert linear_operations(artifact, 3) == 6 * work - 4 * head.weight.numel()
+    quantised = [each for each in linear_layers(artifact) if each.bits]
+    assert {each.bits for each in quantised} == {"int8": {8}, "int4": {4}}.get(name, set())
+    assert linear_floor(artifact, 1, tokens=3, steps=1, batch=2)() > 0
 
 
 @pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "selection", "fp16"])

@@ -150,8 +150,10 @@ def log_probabilities(directory, rows):
 
 
 def test_blocks():
-    assert [block_size(columns, 8) for columns in (768, 96, 64, 48, 40)] == [128, 32, 64, 16, None]
-    assert [block_size(columns, 4) for columns in (768, 96, 64, 48, 40)] == [32, 32, 32, 16, None]
+    sizes = (768, 96, 64, 48, 40)
+    for bits, looked_up in ((8, False), (8, True), (4, False)):
+        assert [block_size(columns, bits, looked_up) for columns in sizes] == [128, 32, 64, 16, None]
+    assert [block_size(columns, 4, looked_up=True) for columns in sizes] == [32, 32, 32, 16, None]
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
