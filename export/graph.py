@@ -51,7 +51,7 @@ class OnnxPass(StepPass):
     def attend_masked(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        return _operator("Attention", (query, key, value, mask), {"scale": query.shape[-1] ** -0.5}, query)
+        return _operator("Attention", (query, key, value, mask), {"scale": 1.0}, query)  # see `fuse_attention`
 
 
 def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str, Any], like: torch.Tensor) -> Any:
@@ -132,7 +132,15 @@ def _fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Paramete
 
 
 def fuse_attention(attention: DMAttention, repeated: bool) -> None:
-    """Put q, k and v into one product; see `AttentionProjection`."""
+    """Put q, k and v into one product (see `AttentionProjection`), and the scale of the scores into weights.
+
+    ONNX Runtime has a kernel for the product of one query with its keys that takes no factor: a fifth of attention's
+    time in a decode step.
+    """
+    norm, scale = attention.q_norm, attention.head_size**-0.5
+    scaled = [norm.weight] if isinstance(norm, nn.RMSNorm) else list(attention.q_proj.parameters())
+    for weight in scaled:
+        weight.copy_(weight.double() * scale)
     attention.fused = AttentionProjection(attention, repeated)
     attention.project = attention.fused.__call__
     attention.A = _fixed(attention.A.repeat_interleave(attention.fused.dt_weight.shape[0] // attention.A.shape[0]))
