@@ -34,6 +34,7 @@ STEPS = 64
 LOGIT_TOLERANCE = 1e-4  # times max(1, max|logit|), float32
 # nats, mean over positions, against the float32 model
 KL_LIMITS = {"float16": 1e-3, "bfloat16": 1e-3, "int8": 2e-3, "int4": 3e-2}
+REPEATED = 4096  # tokens of a case at most that is repeated
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ def probe_plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
         length = min(rows + 32, longest)
         cases.append(Case(f"A drawn at random, prompt {length}", (length,), steps, (0,)))
     return cases
+
+
+def repeated(case: Case, max_batch: int) -> Case:
+    """The same over more pieces of text, in as many slots as there are and `REPEATED` tokens allow.
+
+    What quantisation costs is a mean over text, and one token may cost twenty times as much: few positions tell little.
+    """
+    slots, tokens = len(case.prompts), sum(case.prompts) + len(case.prompts) * case.steps
+    times = max(1, min(max_batch // slots, REPEATED // tokens))
+    name = f"{case.name}, {times} times" if times > 1 else case.name
+    return replace(case, name=name, prompts=case.prompts * times, idle=case.idle * times)
 
 
 def eager_logits(model: DecoderWithHead, ids: torch.Tensor, first: int) -> np.ndarray:
@@ -167,6 +179,17 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], kl_
     )  # fmt: skip
 
 
+def judge(
+    engine: Engine, case: Case, sequences: Sequence[np.ndarray], expected: list[np.ndarray], kl_limit: float | None
+) -> Comparison:
+    """Run a case and compare. What does not run agrees with nothing."""
+    try:
+        found = run_case(engine, case, sequences)
+    except ArtifactError:
+        found = [np.full_like(rows, np.nan) for rows in expected]
+    return compare(case, expected, found, kl_limit)
+
+
 def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int) -> np.ndarray:
     """Random tokens (length,), no two equal where the vocabulary has as many.
 
@@ -216,11 +239,7 @@ class Reference:
         graph, verdicts = engine.graph, []
         limit = KL_LIMITS.get(graph.dtype if graph.quantization == "none" else graph.quantization)
         for case, sequences, expected in zip(self.cases, self.sequences, self.logits, strict=True):
-            try:
-                found = run_case(engine, case, sequences)
-            except ArtifactError:  # what does not run agrees with nothing
-                found = [np.full_like(rows, np.nan) for rows in expected]
-            verdict = compare(case, expected, found, limit)
+            verdict = judge(engine, case, sequences, expected, limit)
             report(verdict)
             verdicts.append(verdict)
         return verdicts
@@ -240,8 +259,9 @@ def references(
     Raises `ExportError` where the model's own logits are not finite.
     """
     limits = max_length, max_batch, window.rows if window else model.config.keep_window_size
+    cases = plan(*limits) if text is None else [repeated(case, max_batch) for case in plan(*limits)]
     with watched_biases(model) as biases:
-        answers = [Reference(model, plan(*limits), text=text)]
+        answers = [Reference(model, cases, text=text)]
     if in_sight:
         with drawn_biases(model, max((found.softplus for found in biases.values()), default=0.0)) as drawn:
             if drawn:
@@ -279,7 +299,8 @@ def check_exact(
 
 
 def check_quantized(directory: Path, model: DecoderWithHead, report: Callable[[Comparison], None]) -> list[Comparison]:
-    """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly.
+    """Check a quantised artifact on text that it wrote itself, and its portable graph, which a CPU runs slowly, against
+    the other one: they read the same codes, and only the other rounds what it multiplies with them, to eight bits.
 
     A classifier writes none, and reads other random ids than it was calibrated on.
     """
@@ -290,8 +311,14 @@ def check_quantized(directory: Path, model: DecoderWithHead, report: Callable[[C
     answers, _ = references(model, graph.max_length, graph.max_batch, graph.window, text, in_sight)
     verdicts = check(directory, answers, report)
     portable = replace(engine.artifact, graph=replace(graph, cpu_file=graph.file))
-    few = [Case(f"{graph.file}, prompt 17, 4 steps", (min(17, graph.max_length - 4),), 4, (0,))]
-    return verdicts + Reference(model, few, text=text).check(Engine(portable, OnnxSession(portable)), report)
+    steps = min(4, max(1, graph.max_length // 2))
+    length = max(1, min(17, graph.max_length - steps))
+    case = repeated(Case(f"{graph.file}, prompt {length}, {steps} steps", (length,), steps, (0,)), graph.max_batch)
+    pieces = Reference(model, [case], text=text).sequences[0]
+    answer = run_case(engine, case, pieces)
+    verdict = judge(Engine(portable, OnnxSession(portable)), case, pieces, answer, KL_LIMITS["int8"])
+    report(verdict)
+    return [*verdicts, verdict]
 
 
 def record_verdicts(

@@ -18,6 +18,8 @@ from .labels import label_scores
 from .sampling import Sampler
 from .text import encode
 
+ANSWERS = {"prompt": ("line", "new_ids", "text"), "text": ("line", "prediction")}  # names that are added, by the key
+
 
 @dataclass
 class Prompt:
@@ -97,7 +99,9 @@ def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, sl
 
 
 def read_prompts(engine: Engine, path: Path, key: str = "prompt") -> list[Prompt]:
-    """The prompts of a JSONL file, each line an object with a text, under `key`, or `ids`. Raises `RequestError`."""
+    """The prompts of a JSONL file, each line an object with a text, under `key`, or `ids`, and whatever else it likes
+    but the names of its answer's own. Raises `RequestError`.
+    """
     prompts = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
         where = f"{path}: line {number + 1}"
@@ -107,6 +111,9 @@ def read_prompts(engine: Engine, path: Path, key: str = "prompt") -> list[Prompt
             raise RequestError(f"{where} is no JSON: {error}") from error
         if not isinstance(given, dict) or (key in given) == ("ids" in given):
             raise RequestError(f"{where}: expected an object with either a {key} or ids")
+        taken = [name for name in ANSWERS[key] if name in given]
+        if taken:
+            raise RequestError(f"{where}: has {taken[0]}, which is what its answer adds; give it another name")
         if "ids" in given:
             ids = given["ids"]
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):

@@ -99,6 +99,7 @@ def test_a_file_is_resumed(engine, tmp_path):
         ('{"ids": [40000]}', "line 1: token id 40000"),
         ('{"prompt": ""}', "line 1: the prompt is empty"),
         ('{"prompt": 5}', "line 1: prompt is int"),
+        ('{"prompt": "x", "text": "mine"}', "line 1: has text, which is what its answer adds"),
         ("", "is empty"),
     ],
 )
