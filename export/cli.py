@@ -36,6 +36,9 @@ def onnx(
     ] = TRAINED,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     quantize: Annotated[str | None, typer.Option(help="Weights as int8 or int4, in blocks.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights to a scale at most: 16 to 128. Default: 128 with int8, 32 with int4.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens a slot holds. Default: all RoPE allows.")] = None,
     max_batch: Annotated[int, typer.Option(help="Most slots a step serves.")] = 8,
     logits: Annotated[str, typer.Option(help="Logits of the last real token, or of all.")] = "last",
@@ -45,8 +48,8 @@ def onnx(
     """Write an ONNX artifact and verify it against the eager model."""
     with console.status("") as status:
         verdicts = export_onnx(
-            source, out, dtype=dtype, quantize=quantize, max_length=max_length, max_batch=max_batch, logits=logits,
-            seed=seed, force=force,
+            source, out, dtype=dtype, quantize=quantize, block_size=block_size, max_length=max_length,
+            max_batch=max_batch, logits=logits, seed=seed, force=force,
             stage=lambda name: status.update(f"{name} …"), report=_print_verdict,
         )  # fmt: skip
     _conclude(verdicts, out)

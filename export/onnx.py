@@ -16,7 +16,7 @@ from .artifact import check_free, describe, label_count, parameter_count, replac
 from .errors import ExportError
 from .graph import cache_window, lower
 from .numbers import check_biases, check_weights
-from .quantize import BITS, LENGTH, ROWS, quantize_graph, written_text
+from .quantize import BITS, BLOCKS, LARGEST, LENGTH, ROWS, quantize_graph, written_text
 from .source import copy_texts, load_model
 from .verify import Comparison, check_exact, check_quantized, record_verdicts, references
 
@@ -34,6 +34,7 @@ def export_onnx(
     max_batch: int = 8,
     logits: str = "last",
     quantize: str | None = None,
+    block_size: int | None = None,
     seed: int = 0,
     force: bool = False,
     spare: int = SPARE,
@@ -43,10 +44,11 @@ def export_onnx(
     """Export `source`, a checkpoint directory or a preset's name, into the artifact directory `out`, and verify it.
 
     `dtype` of weights, caches and arithmetic: fp32, fp16 or bf16. `max_length` in tokens (default: what RoPE allows);
-    `max_batch` slots; `logits` of the last real token or of all; `quantize` the weights to int8 or
-    int4, caches and arithmetic staying fp32; `seed` for a preset's random weights; `force`
-    replaces what `out` holds once the new artifact is whole. Where the model keeps a window of w keys, a cache has at
-    most w + `spare` rows. `stage` and `report` are told of progress.
+    `max_batch` slots; `logits` of the last real token or of all; `quantize` the weights to int8 or int4, caches and
+    arithmetic staying fp32; `block_size` weights to a scale at most (default: 128 with int8, 32 with int4, whose tables
+    never have more): larger blocks are faster and less exact; `seed` for a preset's random weights; `force` replaces
+    what `out` holds once the new artifact is whole. Where the model keeps a window of w keys, a cache has at most w +
+    `spare` rows. `stage` and `report` are told of progress.
 
     Returns the comparisons with the eager model. An artifact that fails one is kept for inspection, but marked: it
     loads only with `allow_unverified=True`. Raises `ExportError`, `wm_models.CheckpointError`, OSError.
@@ -57,6 +59,11 @@ def export_onnx(
     if quantize is not None and (quantize not in BITS or dtype != "fp32"):
         raise ExportError(
             f"--quantize is {quantize!r} with --dtype {dtype}; expected one of {', '.join(BITS)}, with --dtype fp32"
+        )
+    if block_size is not None and (quantize is None or block_size not in BLOCKS):
+        raise ExportError(
+            f"--block-size is {block_size} with --quantize {quantize or 'unset'}; expected one of "
+            f"{', '.join(map(str, BLOCKS))}, with --quantize"
         )
     if logits not in LOGITS:
         raise ExportError(f"--logits is {logits!r}; expected one of {', '.join(LOGITS)}")
@@ -93,7 +100,7 @@ def export_onnx(
         del model  # one copy of the weights at a time
         with TemporaryDirectory(dir=directory) as exact:
             if quantize is not None:
-                graph = _quantized(graph, Path(exact), config, BITS[quantize], sizes, stage)
+                graph = _quantized(graph, Path(exact), config, BITS[quantize], block_size, sizes, stage)
             stage("writing")
             save_graph(graph, directory, options["dtype"], options["quantization"])
         manifest = describe(graph, config, parameters, **options)
@@ -109,8 +116,9 @@ def export_onnx(
 
 
 def _quantized(
-    graph: ir.Model, exact: Path, config: dict[str, Any], bits: int, sizes: dict[str, Any], stage: Callable[[str], None]
-) -> ir.Model:
+    graph: ir.Model, exact: Path, config: dict[str, Any], bits: int, block_size: int | None, sizes: dict[str, Any],
+    stage: Callable[[str], None],
+) -> ir.Model:  # fmt: skip
     """The graph with quantised weights. An artifact of the float32 one, in the directory `exact`, writes the text."""
     save_graph(graph, exact, "float32")
     manifest = describe(graph, config, 0, dtype="float32", **{**sizes, "max_batch": ROWS})
@@ -118,7 +126,7 @@ def _quantized(
     stage("writing text with the float32 model")
     text = written_text(load(exact, allow_unverified=True), LENGTH) if bits < 8 else None
     stage("quantising")
-    return quantize_graph(exact, manifest["graph"]["file"], bits, text)
+    return quantize_graph(exact, manifest["graph"]["file"], bits, block_size or LARGEST[bits], text)
 
 
 def checked_length(model: DecoderWithHead, max_length: int | None) -> int:

@@ -29,8 +29,8 @@ from runtime.sampling import Sampler
 
 BITS = {"int8": 8, "int4": 4}
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
-BLOCKS = (128, 64, 32, 16)  # weights to a scale, the first that divides K
-LARGEST_LOOKED_UP = {8: 128, 4: 32}  # of a table, whose rows are also read as they are: nothing makes their errors good
+BLOCKS = (128, 64, 32, 16)  # weights to a scale: of those up to a largest, the first that divides K
+LARGEST = {8: 128, 4: 32}  # unless asked for; also of a table, whose rows are read as they are too: nothing helps those
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
@@ -87,12 +87,11 @@ class Use:
         return np.ascontiguousarray(value.T) if self.transposed else value
 
 
-def block_size(columns: int, bits: int, looked_up: bool) -> int | None:
-    largest = LARGEST_LOOKED_UP[bits] if looked_up else BLOCKS[0]
-    return next((size for size in BLOCKS if size <= largest and columns % size == 0), None)
+def block_size(columns: int, largest: int) -> int:
+    return next(size for size in BLOCKS if size <= largest and columns % size == 0)
 
 
-def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
+def quantizable(graph: ir.Model) -> Iterator[Use]:
     """The weights to quantise: matrices and look-up tables of enough rows whose columns divide into blocks."""
     for weight in graph.graph.initializers.values():
         shape = weight.shape.numpy() if weight.shape is not None and weight.shape.is_static() else ()
@@ -109,7 +108,7 @@ def quantizable(graph: ir.Model, bits: int) -> Iterator[Use]:
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
-        if rows >= FEWEST_ROWS and block_size(columns, bits, use.looked_up) is not None:
+        if rows >= FEWEST_ROWS and columns % BLOCKS[-1] == 0:
             yield use
 
 
@@ -240,21 +239,21 @@ def _descend(
     return codes
 
 
-def quantize_graph(directory: Path, file: str, bits: int, text: np.ndarray | None) -> ir.Model:
+def quantize_graph(directory: Path, file: str, bits: int, largest: int, text: np.ndarray | None) -> ir.Model:
     """The float32 graph `file` of `directory` with its large weights quantised; see the module.
 
-    `text`: ids (rows, S) of the kind that the model will read; without it every weight is rounded to the nearest.
+    `largest`: weights to a scale at most. `text`: ids (rows, S) of the kind that the model will read; without it every
+    weight is rounded to the nearest.
     """
     graph = ir.load(directory / file)
-    uses = list(quantizable(graph, bits))
+    uses = list(quantizable(graph))
     moments: dict[str, torch.Tensor] = {}
     if text is not None:
         products = [use.activation for use in uses if use.activation]
         moments = second_moments(graph, directory / "moments.onnx", text, products)
     for use in uses:
         weight = torch.from_numpy(use.matrix())
-        block = block_size(weight.shape[1], bits, use.looked_up)
-        assert block is not None
+        block = block_size(weight.shape[1], min(largest, LARGEST[bits]) if use.looked_up else largest)
         if use.activation in moments:
             damping = LOOKED_UP if use.looked_up else DAMPING
             codes, scales = round_with_feedback(weight, bits, block, moments[use.activation], damping)

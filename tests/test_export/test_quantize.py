@@ -23,6 +23,7 @@ from export.quantize import (
     second_moments,
 )
 from runtime import load
+from runtime.floor import linear_layers
 from wm_models import shipped_checkpoint
 from wm_models.shipped import TRAINED
 from wm_models.training import Recipe
@@ -95,7 +96,7 @@ def test_the_head_is_calibrated_on_every_token(exported, tmp_path):
     directory = tmp_path / "exact"
     shutil.copytree(exported("dense")[1], directory)
     graph = ir.load(directory / "model.onnx")
-    (head,) = (use for use in quantizable(graph, 4) if use.looked_up)
+    (head,) = (use for use in quantizable(graph) if use.looked_up)
     assert head.activation is not None
     text = np.random.default_rng(0).integers(0, 211, (3, 50))
     moments = second_moments(graph, directory / "moments.onnx", text, [head.activation])[head.activation]
@@ -110,10 +111,15 @@ def exact(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kl", "perplexity"), [("int8", 2e-3, 1.002), ("int4", 3e-2, 1.03)])
-def test_what_quantisation_costs_the_shipped_model(exact, tmp_path, name, kl, perplexity):
+@pytest.mark.parametrize(
+    ("name", "block", "kl", "perplexity"),
+    [("int8", None, 2e-3, 1.002), ("int4", None, 3e-2, 1.03), ("int4", 128, 3e-2, 1.03)],
+)
+def test_what_quantisation_costs_the_shipped_model(exact, tmp_path, name, block, kl, perplexity):
     """On the export's own checks, and on files of the standard library that it was not trained on."""
-    verdicts = export_onnx(TRAINED, tmp_path / name, quantize=name)
+    verdicts = export_onnx(TRAINED, tmp_path / name, quantize=name, block_size=block)
+    expected_blocks = {"int8": {128}, "int4": {32, block or 32}}[name]
+    assert {each.block for each in linear_layers(load(tmp_path / name).artifact) if each.bits} == expected_blocks
     assert all(verdict.passed for verdict in verdicts)
     assert max(verdict.mean_kl for verdict in verdicts) <= kl
     sizes = [(made / "model.onnx.data").stat().st_size for made in (tmp_path / name, exact)]
@@ -150,10 +156,9 @@ def log_probabilities(directory, rows):
 
 
 def test_blocks():
-    sizes = (768, 96, 64, 48, 40)
-    for bits, looked_up in ((8, False), (8, True), (4, False)):
-        assert [block_size(columns, bits, looked_up) for columns in sizes] == [128, 32, 64, 16, None]
-    assert [block_size(columns, 4, looked_up=True) for columns in sizes] == [32, 32, 32, 16, None]
+    sizes = (768, 96, 64, 48)
+    assert [block_size(columns, 128) for columns in sizes] == [128, 32, 64, 16]
+    assert [block_size(columns, 32) for columns in sizes] == [32, 32, 32, 16]
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
@@ -175,9 +180,17 @@ def test_both_graphs_read_the_same_bytes_once(exported, name, bits):
     assert (directory / "model.onnx.data").stat().st_size < exact * (bits + 2) / 32
 
 
-@pytest.mark.parametrize("options", [{"quantize": "int3"}, {"quantize": "int8", "dtype": "fp16"}])
-def test_option_errors(exported, tmp_path, options):
-    with pytest.raises(ExportError, match="--quantize"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantize": "int3"}, "--quantize is"),
+        ({"quantize": "int8", "dtype": "fp16"}, "--quantize is"),
+        ({"quantize": "int4", "block_size": 48}, "--block-size is 48"),
+        ({"block_size": 64}, "--block-size is 64 with --quantize unset"),
+    ],
+)
+def test_option_errors(exported, tmp_path, options, words):
+    with pytest.raises(ExportError, match=words):
         export_onnx(exported("dense")[0], tmp_path / "artifact", **options)
 
 
