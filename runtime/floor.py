@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 
 from .artifact import Artifact
-from .memory import use_huge_pages
-from .session import session_options, state_bytes
+from .session import cpu_session, state_bytes
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
@@ -184,6 +182,4 @@ def _session(graph: Any, threads: int | None) -> Any:
 
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
-    use_huge_pages()
-    return session
+    return cpu_session(model, threads)

@@ -6,6 +6,7 @@ B batch, S new tokens, C cache capacity, V vocabulary.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,9 @@ class OnnxSession:
         self.artifact, self.graph = artifact, artifact.graph
         path = artifact.path / self.graph.cpu_file
         try:
-            with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
-                self.session: Any = onnxruntime.InferenceSession(
-                    path, session_options(threads), providers=["CPUExecutionProvider"], enable_fallback=0
-                )
+            self.session = cpu_session(path, threads)
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
-        use_huge_pages()
         self.chunk = self.graph.chunk
         self.batch = self.capacity = self.reserved = 0
         self.dropping = Dropping(self.graph, 0)
@@ -66,7 +63,6 @@ class OnnxSession:
     def grow(self, capacity: int) -> None:
         """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
         old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
-        growing = [index for index, state in enumerate(self.graph.states) if "capacity" in state.shape]
         if new > self.graph.rows(self.reserved):
             self._check_memory(self.graph.states, self.batch, new)
             roomier = _buffers(self.graph.states, self.batch, new)
@@ -77,11 +73,11 @@ class OnnxSession:
         if new == old:
             self.capacity = capacity
             return
-        for index in growing:
-            state = self.graph.states[index]
-            shape, axis = state.sized(self.batch, old), state.shape.index("capacity")
-            row = prod(shape[axis + 1 :])
-            _move_apart(self.memory[index], prod(shape[:axis]), old * row, new * row)
+        for state, flat in zip(self.graph.states, self.memory, strict=True):
+            if "capacity" in state.shape:
+                shape, axis = state.sized(self.batch, old), state.shape.index("capacity")
+                row = prod(shape[axis + 1 :])
+                _move_apart(flat, prod(shape[:axis]), old * row, new * row)
         self._lay_out(capacity)
 
     def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
@@ -144,7 +140,7 @@ class OnnxSession:
         for name, buffer in zip(names, inputs, strict=True):
             _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
         rows = length if self.graph.logits == "all" else 1
-        logits = _zeros((batch, rows, self.graph.logits_width), self.graph.dtype)
+        logits = np.zeros((batch, rows, self.graph.logits_width), STORAGE[self.graph.dtype])
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
         for state, cache in zip(self.graph.states, self.caches, strict=True):
             _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])
@@ -161,10 +157,19 @@ def session_options(threads: int | None) -> Any:
     """ONNX Runtime's options for `threads`, None for its own choice."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is in the exceptions
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+def cpu_session(model: Path | bytes, threads: int | None) -> Any:
+    """ONNX Runtime's session on the CPU with `threads`, None for its own choice; its weights move into huge pages."""
+    options = session_options(threads)
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
+    with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    use_huge_pages()
+    return session
 
 
 def state_bytes(state: State, batch: int, rows: int) -> int:
@@ -210,13 +215,10 @@ def _buffers(states: Sequence[State], batch: int, rows: int) -> list[np.ndarray]
 
     In small ones, every eighth step or so writes to a page of each head that is new, and a page costs a microsecond.
     """
-    sizes = [-(-state_bytes(state, batch, rows) // ALIGNMENT) * ALIGNMENT for state in states]
-    parts = np.split(np.zeros(sum(sizes), np.uint8), np.cumsum(sizes)[:-1]) if sizes else []
+    sizes = [state_bytes(state, batch, rows) for state in states]
+    starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
+    memory = np.zeros(starts[-1], np.uint8)
     return [
-        part[: state_bytes(state, batch, rows)].view(STORAGE[state.dtype])
-        for state, part in zip(states, parts, strict=True)
+        memory[start : start + size].view(STORAGE[state.dtype])
+        for state, start, size in zip(states, starts, sizes, strict=False)
     ]
-
-
-def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return np.zeros(shape, STORAGE[dtype])
