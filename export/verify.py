@@ -201,6 +201,16 @@ def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int) -> np.
     return draw.integers(0, vocabulary, length)
 
 
+def _draw_sequences(
+    case: Case, draw: np.random.Generator, vocabulary: int, text: np.ndarray | None
+) -> list[np.ndarray]:
+    """What each slot of a case reads: random ids, or pieces of `text` (rows, S)."""
+    lengths = [length + case.steps for length in case.prompts]
+    if text is None:
+        return [_draw_tokens(draw, vocabulary, length) for length in lengths]
+    return [np.resize(np.roll(text, -draw.integers(text.size)), length) for length in lengths]
+
+
 class Reference:
     """The eager model's answers to a plan, taken before the model is lowered and used up.
 
@@ -220,11 +230,7 @@ class Reference:
         self.sequences: list[list[np.ndarray]] = []
         self.logits: list[list[np.ndarray]] = []
         for case in cases:
-            lengths = [length + case.steps for length in case.prompts]
-            if text is None:
-                rows = [_draw_tokens(draw, model.config.vocab_size, length) for length in lengths]
-            else:
-                rows = [np.resize(np.roll(text, -draw.integers(text.size)), length) for length in lengths]
+            rows = _draw_sequences(case, draw, model.config.vocab_size, text)
             self.sequences.append(rows)
             self.logits.append(
                 [eager_logits(model, torch.from_numpy(row), at - 1) for row, at in zip(rows, case.prompts, strict=True)]
@@ -314,7 +320,7 @@ def check_quantized(directory: Path, model: DecoderWithHead, report: Callable[[C
     steps = min(4, max(1, graph.max_length // 2))
     length = max(1, min(17, graph.max_length - steps))
     case = repeated(Case(f"{graph.file}, prompt {length}, {steps} steps", (length,), steps, (0,)), graph.max_batch)
-    pieces = Reference(model, [case], text=text).sequences[0]
+    pieces = _draw_sequences(case, np.random.default_rng(0), graph.vocabulary, text)
     answer = run_case(engine, case, pieces)
     verdict = judge(Engine(portable, OnnxSession(portable)), case, pieces, answer, KL_LIMITS["int8"])
     report(verdict)
