@@ -7,15 +7,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.errors import VerificationError
+from export.package.inspection import inspect_artifact
+from export.package.signing import sign
+from export.targets.onnx_graph import export_onnx
+from export.targets.tensorrt import CHUNK, build_tensorrt
+from export.verification.compare import Comparison, verify, worst
 from runtime.console import run
 from wm_models.shipped import TRAINED
-
-from .errors import VerificationError
-from .inspection import inspect_artifact
-from .onnx import export_onnx
-from .sign import sign
-from .tensorrt import CHUNK, build_tensorrt
-from .verify import Comparison, verify, worst
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Export models and check them."

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from export.errors import ExportError
 from wm_models import (
     PRESETS,
     CheemsConfig,
@@ -15,11 +16,9 @@ from wm_models import (
     create,
     shipped_checkpoint,
 )
-from wm_models.checkpoint import CLASSIFIER, find_checkpoint
+from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 from wm_models.shipped import ASSETS, TRAINED
-
-from .errors import ExportError
 
 TOKENIZER_FILES = (
     "tokenizer.json",

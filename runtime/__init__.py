@@ -1,6 +1,6 @@
 """Load an exported model and generate or classify with it: numpy, ONNX Runtime, tokenizers, nothing else of weight."""
 
-from .engine import Engine, load
-from .errors import ArtifactError, RequestError, SignatureError
+from runtime.engine import Engine, load
+from runtime.errors import ArtifactError, RequestError, SignatureError
 
 __all__ = ["ArtifactError", "Engine", "RequestError", "SignatureError", "load"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Engine
-from .errors import RequestError
-from .labels import label_scores
-from .sampling import Sampler
-from .text import encode
+from runtime.engine import Engine
+from runtime.errors import RequestError
+from runtime.text.labels import label_scores
+from runtime.text.sampling import Sampler
+from runtime.text.tokenizer import encode
 
 ANSWERS = {"prompt": ("line", "new_ids", "text"), "text": ("line", "prediction")}  # names that are added, by the key
 

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from .console import run
-from .engine import Engine, load
-from .errors import RequestError
-from .labels import label_scores
+from runtime.console import run
+from runtime.engine import Engine, load
+from runtime.errors import RequestError
+from runtime.text.labels import label_scores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
@@ -134,8 +134,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure start-up, prefill, decode and memory, beside the floor of the linear layers and beside rivals."""
-    from . import report
-    from .bench import measure
+    from export.bench import report
+    from export.bench.measure import measure
 
     if plot is not None:
         report.check_plot(plot)
@@ -151,7 +151,7 @@ def bench(
 def _generate_file(
     engine: Engine, path: Path, out: Path, max_new_tokens: int, slots: int | None, sampling: dict[str, Any]
 ) -> None:
-    from .batch import generate_file, read_prompts
+    from runtime.batch import generate_file, read_prompts
 
     prompts, most = read_prompts(engine, path), engine.graph.max_batch
     if slots is not None and not 1 <= slots <= most:
@@ -160,7 +160,7 @@ def _generate_file(
 
 
 def _classify_file(engine: Engine, path: Path, out: Path) -> None:
-    from .batch import classify_file, read_prompts
+    from runtime.batch import classify_file, read_prompts
 
     prompts = read_prompts(engine, path, key="text")
     _show_progress(classify_file(engine, prompts, out), path, len(prompts))

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .artifact import Artifact, open_artifact
-from .cuda import Device, gpu_count
-from .errors import ArtifactError, RequestError
-from .exclusive import Exclusive, exclusive
-from .gpu import GpuSession
-from .labels import CONFIG, label_names
-from .onnx_gpu import OnnxGpuSession, choose_provider
-from .sampling import Sampler
-from .session import OnnxSession
-from .tensorrt import TensorRTSession, choose_engine
-from .text import encode, load_tokenizer, pieces, until
+from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.backends.cuda import Device, gpu_count
+from runtime.backends.gpu_session import GpuSession
+from runtime.backends.ort_cpu import OnnxSession
+from runtime.backends.ort_gpu import OnnxGpuSession, choose_provider
+from runtime.backends.tensorrt import TensorRTSession, choose_engine
+from runtime.errors import ArtifactError, RequestError
+from runtime.host.lock import Exclusive, exclusive
+from runtime.text.labels import CONFIG, label_names
+from runtime.text.sampling import Sampler
+from runtime.text.tokenizer import encode, load_tokenizer, pieces, until
 
 BACKENDS = ("auto", "onnx", "tensorrt")
 Session = OnnxSession | GpuSession
@@ -219,7 +219,7 @@ class Engine:
         """Ids to follow `ids`, one by one, in an engine that is reset for them.
 
         It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
-        `sampling`: the fields of `runtime.sampling.Sampler`. Raises `RequestError`.
+        `sampling`: the fields of `runtime.text.sampling.Sampler`. Raises `RequestError`.
         """
         self.check_task(classifies=False)
         sampler = Sampler(**sampling)

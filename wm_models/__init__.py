@@ -1,14 +1,14 @@
 """Doge and Cheems, the language models of the "Wonderful Matrices" paper (arXiv 2412.11834), written for compilers."""
 
-from .checkpoint import CheckpointError
-from .cheems import CheemsForCausalLM, CheemsModel
-from .configuration import CheemsConfig, DogeConfig
-from .doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
-from .modules import CDMoE, DMAttn
-from .passes import LayerCache
-from .presets import PRESETS, create, preset
-from .shipped import shipped_checkpoint, shipped_tokenizer
-from .ssd import SSD
+from wm_models.checkpoint.loader import CheckpointError
+from wm_models.cheems import CheemsForCausalLM, CheemsModel
+from wm_models.configuration import CheemsConfig, DogeConfig
+from wm_models.context import LayerCache
+from wm_models.doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
+from wm_models.layers.ssd import SSD
+from wm_models.paper import CDMoE, DMAttn
+from wm_models.presets import PRESETS, create, preset
+from wm_models.shipped import shipped_checkpoint, shipped_tokenizer
 
 __all__ = [
     "PRESETS",

@@ -3,10 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from .attention import DMAttention
-from .configuration import CheemsConfig
-from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel
-from .ssd import SSDMixer
+from wm_models.configuration import CheemsConfig
+from wm_models.decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel
+from wm_models.layers.attention import DMAttention
+from wm_models.layers.ssd import SSDMixer
 
 logger = logging.get_logger(__name__)
 

@@ -19,14 +19,14 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .attention import DMAttention, Pass, document_index
-from .checkpoint import field_options, find_checkpoint
-from .configuration import DogeConfig
-from .experts import ExpertMLP, ProductKeyExperts, feed_forward
-from .losses import count_predictions, load_balancing_loss, next_token_loss
-from .passes import CachedPass, LayerCache, StepPass, earlier_cache_name, is_empty, past_length, visible_keys
-from .rotary import RotaryEmbedding
-from .ssd import SSDMixer
+from wm_models.checkpoint.loader import field_options, find_checkpoint
+from wm_models.configuration import DogeConfig
+from wm_models.context import CachedPass, LayerCache, StepPass, earlier_cache_name, is_empty, past_length, visible_keys
+from wm_models.layers.attention import DMAttention, Pass, document_index
+from wm_models.layers.experts import ExpertMLP, ProductKeyExperts, feed_forward
+from wm_models.layers.rotary import RotaryEmbedding
+from wm_models.layers.ssd import SSDMixer
+from wm_models.losses import count_predictions, load_balancing_loss, next_token_loss
 
 
 class Mixer(Protocol):

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from .attention import DMAttention
-from .configuration import DogeConfig
-from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel, DecoderWithHead
+from wm_models.configuration import DogeConfig
+from wm_models.decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel, DecoderWithHead
+from wm_models.layers.attention import DMAttention
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .experts import best_pairs, staircase
+from wm_models.layers.experts import best_pairs, staircase
 
 IGNORED = -100
 CHUNK_LOGITS = 2**23

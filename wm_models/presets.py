@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from .cheems import CheemsForCausalLM
-from .configuration import CheemsConfig, DogeConfig
-from .doge import DogeForCausalLM
+from wm_models.cheems import CheemsForCausalLM
+from wm_models.configuration import CheemsConfig, DogeConfig
+from wm_models.doge import DogeForCausalLM
 
 # size: hidden size, intermediate size, layers, query heads, key/value heads, experts, experts a token.
 # The gate router has one head, so experts a token are the product-key router's heads times experts a head.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.models.doge.modeling_doge import DogeCDMoE
 
 from wm_models import DogeConfig
-from wm_models.experts import ExpertMLP, feed_forward
+from wm_models.layers.experts import ExpertMLP, feed_forward
 
 HIDDEN, EXPERTS, PER_TOKEN = 1024, 16384, 64
 

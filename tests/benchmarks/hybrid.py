@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import manual_seed
 
 from export import export_onnx
-from export.verify import worst
+from export.verification.compare import worst
 from runtime import Engine, load
 from wm_models import CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM, preset
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from wm_models.ssd import recur, scan_chunks
+from wm_models.layers.ssd import recur, scan_chunks
 
 SIZES = {"cheems-20m": (2, 128), "cheems-160m": (6, 128)}  # heads, head size
 CHUNK = 64

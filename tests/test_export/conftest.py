@@ -11,10 +11,10 @@ import pytest
 from conftest import SMALL, ours, randomise, rival
 
 from export import export_onnx
-from export.artifact import describe, label_count, parameter_count, save_graph, write_manifest
-from export.graph import cache_window, lower
-from export.onnx import DTYPES, SPARE
-from runtime.artifact import Artifact, read_artifact
+from export.lower import cache_window, lower
+from export.package.directory import describe, label_count, parameter_count, save_graph, write_manifest
+from export.targets.onnx_graph import DTYPES, SPARE
+from runtime.artifact.manifest import Artifact, read_artifact
 from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
 HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from export import rival
+from export.bench import baselines as rival
+from export.bench.floor import linear_floor, linear_layers, linear_operations, step_bytes
+from export.bench.measure import measure
 from export.source import load_model
 from runtime import load
-from runtime.bench import measure
-from runtime.floor import linear_floor, linear_layers, linear_operations, step_bytes
-from wm_models.attention import DMAttention
+from wm_models.layers.attention import DMAttention
 
 
 def test_a_rival_that_cannot_run_is_a_line_of_the_result(exported):

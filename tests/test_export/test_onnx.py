@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 
-from export import ExportError, artifact, export_onnx, graph, verify
-from export.verify import Case, compare
+from export import ExportError, export_onnx, verify
+from export import lower as graph
+from export.package import directory as artifact
+from export.verification.compare import Case, compare
 from runtime import ArtifactError, load
-from runtime.artifact import INPUTS
+from runtime.artifact.manifest import INPUTS
 from test_export.conftest import VARIANTS, save_checkpoint
 from wm_models import CheemsForCausalLM, DogeForCausalLM, DogeForSequenceClassification
 
@@ -247,7 +249,7 @@ def test_an_occupied_directory_is_kept_until_the_new_one_is_whole(exported, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("export.onnx.save_graph", stop)
+        patch.setattr("export.targets.onnx_graph.save_graph", stop)
         with pytest.raises(KeyboardInterrupt):
             export_onnx(checkpoint, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -262,7 +264,7 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")  # as the library that writes the weights does: no file's name
 
     checkpoint = exported("dense")[0]
-    monkeypatch.setattr("export.onnx.save_graph", full)
+    monkeypatch.setattr("export.targets.onnx_graph.save_graph", full)
     with pytest.raises(OSError, match=f"No space left.*{tmp_path / 'out'}"):
         export_onnx(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,9 @@ from conftest import ours, rival
 from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, export_onnx
-from export.graph import OnnxPass
-from export.quantize import (
+from export.bench.floor import linear_layers
+from export.lower import OnnxPass
+from export.quantization.graph import (
     block_size,
     quantizable,
     round_to_nearest,
@@ -23,7 +24,6 @@ from export.quantize import (
     second_moments,
 )
 from runtime import load
-from runtime.floor import linear_layers
 from wm_models import shipped_checkpoint
 from wm_models.shipped import TRAINED
 from wm_models.training import Recipe
@@ -196,7 +196,7 @@ def test_option_errors(exported, tmp_path, options, words):
 
 def test_a_flipped_code_order_is_found(exported, tmp_path, monkeypatch):
     """Codes swapped in pairs, as if the two halves of a byte were."""
-    from export import quantize
+    from export.quantization import graph as quantize
 
     replace = quantize._replace
 
@@ -212,7 +212,7 @@ def test_a_flipped_code_order_is_found(exported, tmp_path, monkeypatch):
 
 def test_codes_that_one_graph_misreads_are_found(exported, tmp_path, monkeypatch):
     """As if ONNX Runtime's operators took the codes for numbers without a sign."""
-    from export import artifact
+    from export.package import directory as artifact
 
     specialize = artifact.specialize
 

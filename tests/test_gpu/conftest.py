@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cuda import Device, start_driver
+from runtime.backends.cuda import Device, start_driver
 from runtime.errors import RequestError
 
 REPORT = Path("gpu-report.md")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from export import build_tensorrt
-from export.verify import Case, compare, eager_logits, run_case
+from export.bench.measure import measure
+from export.verification.compare import Case, compare, eager_logits, run_case
 from runtime import load
-from runtime.bench import measure
 from wm_models import create
 
 PRESET, LENGTH = "doge-20m", 1024

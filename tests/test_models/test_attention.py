@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_models.attention import keep_largest
+from wm_models.layers.attention import keep_largest
 
 LOWEST = torch.finfo(torch.float32).min
 

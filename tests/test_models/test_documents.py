@@ -5,7 +5,7 @@ import torch
 from conftest import ours, rival
 from torch.nn import functional as F
 
-from wm_models.attention import document_index
+from wm_models.layers.attention import document_index
 
 LENGTHS = [1, 40, 2, 77, 3, 30]
 VARIANTS = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wm_models import DogeConfig
-from wm_models.experts import ProductKeyExperts, SelectDot, best_pairs, feed_forward, select_sum, staircase
+from wm_models.layers.experts import ProductKeyExperts, SelectDot, best_pairs, feed_forward, select_sum, staircase
 
 
 @st.composite

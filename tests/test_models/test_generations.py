@@ -10,8 +10,8 @@ from conftest import DATA, assert_close, golden, rival
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wm_models import CheckpointError, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, passes
-from wm_models.attention import keep_largest
+from wm_models import CheckpointError, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, context
+from wm_models.layers.attention import keep_largest
 
 NAMES = sorted(path.stem for path in DATA.glob("doge-*.safetensors"))
 LOGITS = [name for name in NAMES if "classification" not in name]
@@ -34,7 +34,7 @@ def topk_choice(bias, visible, keep):
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits(name, tmp_path, monkeypatch):
     if "keep-window" in name:
-        monkeypatch.setattr(passes, "keep_largest", topk_choice)
+        monkeypatch.setattr(context, "keep_largest", topk_choice)
     model, reference = load(name, tmp_path)
     mask = reference.inputs.get("attention_mask")
     found = model(reference.inputs["input_ids"], attention_mask=mask).logits
@@ -56,7 +56,7 @@ def test_keep_window_differs_among_equals_only(tmp_path, monkeypatch):
         other += int((mine != theirs).sum())
         return theirs
 
-    monkeypatch.setattr(passes, "keep_largest", compared)
+    monkeypatch.setattr(context, "keep_largest", compared)
     assert_close(model(reference.inputs["input_ids"]).logits, reference.outputs["logits"])
     assert other > 0
 

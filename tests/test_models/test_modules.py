@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close, golden
 from transformers import DynamicCache
 
-from export.graph import unfuse_experts
+from export.lower import unfuse_experts
 from wm_models import CDMoE, DMAttn
 
 

@@ -6,7 +6,7 @@ from conftest import SMALL
 from transformers.models.doge import modeling_doge
 
 from wm_models import DogeConfig
-from wm_models.rotary import RotaryEmbedding, rotate
+from wm_models.layers.rotary import RotaryEmbedding, rotate
 
 HALF = SMALL["hidden_size"] // SMALL["num_attention_heads"] // 2
 KINDS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wm_models import SSD
-from wm_models.ssd import decays, scan
+from wm_models.layers.ssd import decays, scan
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

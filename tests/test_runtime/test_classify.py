@@ -11,10 +11,10 @@ import transformers
 from conftest import ours, rival
 
 from export import export_onnx
+from export.bench.measure import measure
 from runtime import ArtifactError, RequestError, load
 from runtime.batch import classify_file, generate_file, generate_many, read_prompts
-from runtime.bench import measure
-from runtime.labels import label_names, label_scores
+from runtime.text.labels import label_names, label_scores
 from wm_models import shipped_tokenizer
 
 NAMES = ("code", "prose", "neither", "é")

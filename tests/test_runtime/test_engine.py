@@ -18,9 +18,9 @@ from transformers.generation import logits_process as processors
 
 from export import export_onnx
 from runtime import ArtifactError, RequestError, load
-from runtime.sampling import Sampler
-from runtime.session import _move_apart
-from runtime.text import pieces, until
+from runtime.backends.ort_cpu import _move_apart
+from runtime.text.sampling import Sampler
+from runtime.text.tokenizer import pieces, until
 from wm_models import DogeForCausalLM, shipped_tokenizer
 
 
@@ -58,7 +58,8 @@ def test_imports_nothing_heavy():
 def test_a_graph_alone_takes_denormals_for_zero(made):
     """Also in a process's first session, in which ONNX Runtime would leave the calling thread so."""
     code = (
-        "import sys\nimport numpy as np\nfrom runtime import load\nfrom runtime.denormals import flushed_denormals\n"
+        "import sys\nimport numpy as np\nfrom runtime import load\n"
+        "from runtime.host.denormals import flushed_denormals\n"
         "small = np.full(9, 1e-38, np.float32)\ntimes = lambda: bool((small * np.float32(0.1) > 0).all())\n"
         "found = [times()]\nwith flushed_denormals():\n    found.append(times())\n"
         "engine = load(sys.argv[1])\nfound.append(times())\nengine.prefill([[1, 2]])\nprint(*found, times())"
@@ -113,7 +114,8 @@ def test_onnx_runtime_says_nothing_of_copies(made):
     """It warns when a cache's output is not its input's buffer: heard where the two are apart, and only there."""
     code = """
 import sys, onnxruntime
-from runtime import load, session
+from runtime import load
+from runtime.backends import ort_cpu as session
 engine, held, bind = load(sys.argv[1]), [], session._bind
 
 def apart(to, name, buffer, element):

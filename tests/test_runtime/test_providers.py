@@ -6,8 +6,10 @@ import pytest
 from conftest import ours, rival
 from test_export.conftest import lowered
 
-from runtime import RequestError, cuda, load, onnx_gpu
-from runtime.session import OnnxSession
+from runtime import RequestError, load
+from runtime.backends import cuda
+from runtime.backends import ort_gpu as onnx_gpu
+from runtime.backends.ort_cpu import OnnxSession
 from test_runtime.standin import Driver, OrtSession
 
 

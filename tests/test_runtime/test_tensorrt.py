@@ -9,9 +9,10 @@ import pytest
 from conftest import ours, rival
 from test_export.conftest import lowered
 
-from export.tensorrt import specialise
-from runtime import ArtifactError, RequestError, cuda, load
-from runtime import tensorrt as backend
+from export.targets.tensorrt import specialise
+from runtime import ArtifactError, RequestError, load
+from runtime.backends import cuda
+from runtime.backends import tensorrt as backend
 from test_runtime.standin import Driver, Module
 
 CAPACITY, CHUNK, SLOTS = 48, 16, 3
@@ -50,7 +51,7 @@ def made(request, tmp_path_factory):
 
 
 def change(directory, edit, rehash=None):
-    from runtime.artifact import file_hash
+    from runtime.artifact.manifest import file_hash
 
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())

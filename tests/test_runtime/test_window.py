@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_export.conftest import lowered
 
-from runtime import ArtifactError, cuda, load, onnx_gpu
+from runtime import ArtifactError, load
+from runtime.backends import cuda
+from runtime.backends import ort_gpu as onnx_gpu
+from runtime.backends.eviction import largest_rows
 from runtime.batch import Prompt, generate_many
-from runtime.window import largest_rows
 from test_runtime.standin import Driver, OrtSession
-from wm_models.attention import keep_largest
+from wm_models.layers.attention import keep_largest
 
 KEEP, SPARE, LENGTH = 20, 12, 200
 

@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 
 from export import export_onnx, sign, verify
-from runtime.artifact import read_artifact
+from runtime.artifact.manifest import read_artifact
 from wm_models.training import Recipe, train
 from wm_models.training.trainer import KEPT_CHECKPOINTS
 
@@ -114,9 +114,9 @@ class ArtifactJobs(Jobs):
         self.old, self.source = root / "old", make_checkpoint(root / "checkpoint")
         self.key, _ = write_keys(root, "key")
         export_onnx(self.source, self.old, max_length=OLD, max_batch=2)
-        self.remember("export.onnx.references", "export.onnx.lower")
+        self.remember("export.targets.onnx_graph.references", "export.targets.onnx_graph.lower")
         export_onnx(self.source, root / "new", max_length=NEW, max_batch=2)
-        self.remember("export.verify.references")
+        self.remember("export.verification.compare.references")
         self.reset()
         verify(self.out)
         self.jobs = {

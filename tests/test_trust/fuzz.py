@@ -216,7 +216,7 @@ class Manifests(Target):
         return make_artifact(root)
 
     def load(self) -> None:
-        from runtime.artifact import read_artifact
+        from runtime.artifact.manifest import read_artifact
 
         read_artifact(self.directory)
 
@@ -281,8 +281,8 @@ class Engines(Manifests):
         return directory
 
     def load(self) -> None:
-        from runtime.artifact import read_artifact
-        from runtime.tensorrt import choose_engine, runs_on
+        from runtime.artifact.manifest import read_artifact
+        from runtime.backends.tensorrt import choose_engine, runs_on
 
         artifact = read_artifact(self.directory)
         for engine in artifact.engines:
@@ -377,7 +377,7 @@ def main() -> None:
     if options.coverage:
         import atheris
 
-        with atheris.instrument_imports(include=["runtime", "wm_models.checkpoint"]):
+        with atheris.instrument_imports(include=["runtime", "wm_models.checkpoint.loader"]):
             importlib.import_module("runtime")
             importlib.import_module("wm_models")
     started = time.perf_counter()

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from runtime import ArtifactError, load
-from runtime.artifact import MOST_TOKENS, read_artifact
-from runtime.onnx_file import OnnxFormatError, read_onnx
+from runtime.artifact.manifest import MOST_TOKENS, read_artifact
+from runtime.artifact.onnx_reader import OnnxFormatError, read_onnx
 from test_trust.samples import rewrite
 
 
@@ -88,7 +88,7 @@ def test_sizes_come_before_contents(copy, monkeypatch):
     """A file whose size is wrong is not opened."""
     with (copy / "model.onnx.data").open("r+b") as stream:
         stream.truncate(1 << 40)
-    monkeypatch.setattr("runtime.artifact.file_hash", lambda path: pytest.fail("it was read"))
+    monkeypatch.setattr("runtime.artifact.manifest.file_hash", lambda path: pytest.fail("it was read"))
     refused(copy, "model.onnx.data", str(1 << 40))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import RequestError, load, memory
+from runtime import RequestError, load
+from runtime.host import memory
 
 GB = 1 << 30
 

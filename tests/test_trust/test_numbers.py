@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from export import ExportError, export_onnx
 from runtime import RequestError, load
-from runtime.sampling import Sampler
+from runtime.text.sampling import Sampler
 from test_trust.samples import make_checkpoint
 from wm_models import DogeForCausalLM
 

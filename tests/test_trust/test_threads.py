@@ -132,7 +132,7 @@ def test_processes_share_a_directory_while_siblings_are_written(artifact, alone,
 
 def test_whoever_looks_finds_an_artifact(artifact, tmp_path):
     """While an artifact is replaced over and over, its directory is never missing, and what is read is never mixed."""
-    from export.artifact import replacing
+    from export.package.directory import replacing
 
     out, stop, seen = shutil.copytree(artifact, tmp_path / "out"), threading.Event(), []
 
@@ -161,7 +161,7 @@ def test_whoever_looks_finds_an_artifact(artifact, tmp_path):
 def test_of_two_exports_to_one_place_neither_is_lost_unasked(artifact, tmp_path, force):
     """The first to finish has the place; only with `force` the second takes it over."""
     from export import ExportError
-    from export.artifact import replacing
+    from export.package.directory import replacing
 
     out, ended = tmp_path / "out", nullcontext() if force else pytest.raises(ExportError, match=r"not empty.*--force")
     with ended, replacing(out, force) as second:
@@ -176,8 +176,9 @@ def test_of_two_exports_to_one_place_neither_is_lost_unasked(artifact, tmp_path,
 
 def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, monkeypatch):
     """The ONNX export inside it ends first; another command to the same place then leaves it alone."""
-    from export import artifact as exports
-    from export import build_tensorrt, tensorrt
+    from export import build_tensorrt
+    from export.package import directory as exports
+    from export.targets import tensorrt
 
     out = tmp_path / "out"
 
@@ -198,7 +199,7 @@ def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, mon
 
 def test_verify_does_not_bring_back_what_was_replaced(artifact, tmp_path, monkeypatch):
     from export import ExportError, verify
-    from export.artifact import replacing
+    from export.package.directory import replacing
 
     out = shutil.copytree(artifact, tmp_path / "out")
 
@@ -207,7 +208,7 @@ def test_verify_does_not_bring_back_what_was_replaced(artifact, tmp_path, monkey
             (new / "manifest.json").write_text("{}")
         return []
 
-    module = sys.modules["export.verify"]  # whose name in `export` is the function's
+    module = sys.modules["export.verification.compare"]  # whose name in `export` is the function's
     monkeypatch.setattr(module, "references", lambda *_: ([], {}))
     monkeypatch.setattr(module, "check", check)
     with pytest.raises(ExportError, match="replaced it meanwhile"):

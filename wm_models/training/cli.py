@@ -9,10 +9,9 @@ import typer
 from rich.console import Console
 
 from runtime.console import run
-
-from .errors import TrainingError
-from .recipe import Recipe
-from .run import estimate, train
+from wm_models.training.errors import TrainingError
+from wm_models.training.recipe import Recipe
+from wm_models.training.run import estimate, train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import TrainingError
+from wm_models.training.errors import TrainingError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 HELD_OUT_SHARE = 50  # one document in so many, where nothing says which

@@ -8,7 +8,7 @@ from typing import Any
 import tomli
 import tomli_w
 
-from .errors import TrainingError
+from wm_models.training.errors import TrainingError
 
 SHIPPED = Path(__file__).parent / "recipes"
 DTYPES = ("fp32", "bf16", "fp16")

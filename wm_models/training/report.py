@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from .data import Document
+from wm_models.training.data import Document
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 80, 128  # characters, tokens
 

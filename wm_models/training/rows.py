@@ -13,9 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from wm_models.losses import IGNORED
-
-from .data import Document
-from .errors import TrainingError
+from wm_models.training.data import Document
+from wm_models.training.errors import TrainingError
 
 ENCODED_AT_ONCE = 1000  # documents
 

@@ -31,14 +31,13 @@ from wm_models import (
     preset,
     shipped_tokenizer,
 )
-
-from .data import Document, hold_out, read_documents
-from .errors import TrainingError
-from .recipe import Recipe
-from .report import Progressing, bits_per_byte, curves, draw, sample, save_report
-from .rows import Rows, pack, special_ids
-from .tokenizer import train_tokenizer
-from .trainer import STAGING, RowTrainer, last_checkpoint, sweep, training_arguments
+from wm_models.training.data import Document, hold_out, read_documents
+from wm_models.training.errors import TrainingError
+from wm_models.training.recipe import Recipe
+from wm_models.training.report import Progressing, bits_per_byte, curves, draw, sample, save_report
+from wm_models.training.rows import Rows, pack, special_ids
+from wm_models.training.tokenizer import train_tokenizer
+from wm_models.training.trainer import STAGING, RowTrainer, last_checkpoint, sweep, training_arguments
 
 MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .errors import TrainingError
+from wm_models.training.errors import TrainingError
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from .errors import TrainingError
-from .recipe import Recipe
-from .rows import Rows
+from wm_models.training.errors import TrainingError
+from wm_models.training.recipe import Recipe
+from wm_models.training.rows import Rows
 
 STAGING = ".unfinished"
 KEPT_CHECKPOINTS = 2

@@ -1,0 +1,174 @@
+"""What the GPU backends share: caches and buffers on the device, one upload and one download a step.
+
+B batch, S new tokens, C cache capacity, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from runtime.artifact.manifest import Artifact, State
+from runtime.backends.cuda import Device
+from runtime.backends.eviction import Dropping
+from runtime.backends.ort_cpu import STORAGE, last_rows, likeliest_ids, state_bytes, widened
+from runtime.errors import RequestError
+
+INT64 = 8  # bytes
+
+
+class GpuSession:
+    """Static caches for B slots of C tokens in a GPU's memory; how a step runs is the subclass's.
+
+    The caches are allocated once for a batch and stay where they are, so a captured step can be replayed. Inputs go up
+    from page-locked host memory. Raises `RequestError` where memory is short.
+    """
+
+    def __init__(self, artifact: Artifact, device: Device, max_batch: int, capacities: tuple[int, ...], chunk: int):
+        self.artifact, self.device, self.chunk = artifact, device, chunk
+        self.device_name = device.name
+        self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
+        self.batch = self.capacity = 0
+        self.dropping = Dropping(self.graph, 0)
+        self.lengths = len(self.graph.inputs) - 1  # inputs of one number a slot
+        self.addresses: dict[str, int] = {}
+        self.host: dict[str, np.ndarray] = {}
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Empty caches for `batch` slots of `capacity` tokens, and the buffers of a step."""
+        if (batch, capacity) == (self.batch, self.capacity):
+            self.clear()
+            return
+        if batch > self.graph.max_batch or capacity > self.graph.max_length:
+            raise RequestError(
+                f"{batch} slots of {capacity} tokens are asked for; this engine has up to {self.graph.max_batch} "
+                f"of {self.graph.max_length}; build a larger one"
+            )
+        self.release()
+        try:
+            for name, size in self.sizes(batch, capacity).items():
+                self.addresses[name] = self.device.allocate(size, f"{name} for {batch} slots of {capacity} tokens")
+            rows = self.chunk if self.graph.logits == "all" else 1
+            for name, shape, dtype in (
+                ("inputs", (batch * (self.chunk + self.lengths),), np.int64),
+                ("logits", (batch * rows * self.graph.logits_width,), STORAGE[self.graph.dtype]),
+                ("next_ids", (batch * rows,), np.int64),
+            ):
+                self.host[name] = self.device.host_array(shape, dtype)
+        except RequestError:
+            self.release()
+            raise
+        self.batch, self.capacity = batch, capacity
+        self.dropping = Dropping(self.graph, batch)
+        self.clear()
+
+    def grow(self, capacity: int) -> None:
+        """Caches of a larger capacity with the same content."""
+        raise NotImplementedError
+
+    def sizes(self, batch: int, capacity: int) -> dict[str, int]:
+        """Bytes of every buffer on the device, by name."""
+        rows = batch * (self.chunk if self.graph.logits == "all" else 1)
+        width = np.dtype(STORAGE[self.graph.dtype]).itemsize
+        sizes = {state.input: self.state_bytes(state, batch, capacity) for state in self.graph.states}
+        sizes["inputs"] = batch * (self.chunk + self.lengths) * INT64
+        sizes["logits"], sizes["next_ids"] = rows * self.graph.logits_width * width, rows * INT64
+        return sizes
+
+    def state_bytes(self, state: State, batch: int, capacity: int) -> int:
+        return state_bytes(state, batch, self.graph.rows(capacity))
+
+    def clear(self) -> None:
+        """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
+        for state in self.graph.states:
+            self.device.zero(self.addresses[state.input], self.state_bytes(state, self.batch, self.capacity))
+
+    def clear_slot(self, slot: int) -> None:
+        """Zero one slot's caches."""
+        for state in self.graph.states:
+            size = self.state_bytes(state, 1, self.capacity)
+            self.device.zero(self.addresses[state.input] + slot * size, size)
+
+    @contextmanager
+    def _part(self, slot: int, state: State) -> Iterator[np.ndarray]:
+        """A slot's part of a cache in host memory; put back when the block ends."""
+        part = self.device.host_array(state.sized(1, self.graph.rows(self.capacity))[1:], STORAGE[state.dtype])
+        address = self.addresses[state.input] + slot * part.nbytes
+        try:
+            self.device.download(part, address)
+            self.device.synchronize()
+            yield part
+            self.device.upload(address, part)
+            self.device.synchronize()  # before the array goes
+        finally:
+            self.device.free_host(part)
+
+    def step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+    ) -> np.ndarray:
+        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+
+        Returns the logits (B, V), float32, of each slot's last real token, or, where only the `likeliest` tokens are
+        asked for, their ids (B,), int64, -1 where logits are not finite: then no logit leaves the device.
+        """
+        batch, length = input_ids.shape
+        if batch != self.batch or length > self.chunk:
+            raise RequestError(
+                f"a step of {batch} slots and {length} tokens is asked for; there are {self.batch} slots, and a step "
+                f"takes up to {self.chunk} tokens"
+            )
+        rows_taken, *dropped = self.dropping.make_room(cache_lengths, length, self._part)
+        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *dropped])
+        self.host["inputs"][: held.size] = held
+        self.execute(length)
+        rows = length if self.graph.logits == "all" else 1
+        if likeliest and self.has_next_ids:
+            self.device.synchronize()
+            ids = self.host["next_ids"][: batch * rows].reshape(batch, rows, 1)
+            return last_rows(ids, sequence_lengths)[:, 0].copy()
+        logits = self.host["logits"][: batch * rows * self.graph.logits_width].reshape(batch, rows, -1)
+        self.device.download(logits, self.addresses["logits"])
+        self.device.synchronize()
+        found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
+        return likeliest_ids(found) if likeliest else found
+
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`.
+
+        Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
+        """
+        lengths = cache_lengths.copy()
+        others = np.delete(lengths, slot)
+        room = self.capacity - int(others[others < self.capacity].max(initial=0))
+        found = np.zeros((0, self.graph.logits_width), np.float32)
+        for start in range(0, input_ids.size, room):
+            chunk = input_ids[start : start + room]
+            ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
+            ids[slot], new[slot] = chunk, chunk.size
+            found = self.step(ids, lengths, new)
+            lengths = lengths + new
+        return found[slot]
+
+    has_next_ids = False
+
+    def execute(self, length: int) -> None:
+        """Put one step of S = `length` tokens on the device: upload the inputs, run, and leave logits there."""
+        raise NotImplementedError
+
+    def upload_inputs(self, length: int) -> None:
+        self.device.upload(self.addresses["inputs"], self.host["inputs"][: self.batch * (length + self.lengths)])
+
+    def input_bindings(self, length: int) -> list[tuple[tuple[int, ...], int]]:
+        """Shape and address of each of the graph's inputs, which lie behind each other."""
+        start, batch = self.addresses["inputs"], self.batch
+        lengths = [((batch,), start + batch * (length + index) * INT64) for index in range(self.lengths)]
+        return [((batch, length), start), *lengths]
+
+    def release(self) -> None:
+        """Give all memory back."""
+        for address in self.addresses.values():
+            self.device.free(address)
+        for array in self.host.values():
+            self.device.free_host(array)
+        self.addresses, self.host, self.batch, self.capacity = {}, {}, 0, 0

@@ -1,0 +1,224 @@
+"""The ONNX Runtime backend: one graph, and caches that it writes in place.
+
+B batch, S new tokens, C cache capacity, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from runtime.artifact.manifest import ELEMENTS, Artifact, State
+from runtime.backends.eviction import Dropping
+from runtime.errors import ArtifactError
+from runtime.host.denormals import flushed_denormals
+from runtime.host.memory import check_memory, use_huge_pages
+
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+ALIGNMENT = 64  # bytes, a line of a processor's cache
+
+
+class OnnxSession:
+    """A loaded graph with static caches for B slots of C tokens.
+
+    Each cache is one buffer bound as the graph's input and as its output, so a step writes its new rows where they
+    belong and copies nothing. Attention reads a cache to its end: rows lie as close as the longest slot allows and move
+    apart, in memory that is there for all of them, as it grows. What a slot gets does not turn on that, to the bit:
+    capacities are multiples of 64 rows, more than a kernel takes at once, and hidden rows add zeros. `threads` defaults
+    to ONNX Runtime's choice, the physical cores.
+    """
+
+    device_name = "CPU"
+
+    def __init__(self, artifact: Artifact, threads: int | None = None):
+        self.artifact, self.graph = artifact, artifact.graph
+        path = artifact.path / self.graph.cpu_file
+        try:
+            self.session = cpu_session(path, threads)
+        except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
+        self.chunk = self.graph.chunk
+        self.batch = self.capacity = self.reserved = 0
+        self.dropping = Dropping(self.graph, 0)
+        self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
+        self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
+        self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
+        if (batch, capacity) == (self.batch, self.reserved):
+            self.clear()
+        else:
+            rows = self.graph.rows(capacity)
+            self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
+            self.dropping = Dropping(self.graph, batch)
+            self.batch, self.reserved = batch, capacity
+            self.memory = _buffers(self.graph.states, batch, rows)
+        self._lay_out(self.graph.capacities[0])
+
+    def grow(self, capacity: int) -> None:
+        """Caches of a larger capacity with the same content: one copy. Raises `RequestError` where memory is short."""
+        old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
+        if new > self.graph.rows(self.reserved):
+            self._check_memory(self.graph.states, self.batch, new)
+            roomier = _buffers(self.graph.states, self.batch, new)
+            for flat, held in zip(roomier, self.memory, strict=True):
+                flat[: held.size] = held
+            self.memory = roomier
+        self.reserved = max(capacity, self.reserved)
+        if new == old:
+            self.capacity = capacity
+            return
+        for state, flat in zip(self.graph.states, self.memory, strict=True):
+            if "capacity" in state.shape:
+                shape, axis = state.sized(self.batch, old), state.shape.index("capacity")
+                row = prod(shape[axis + 1 :])
+                _move_apart(flat, prod(shape[:axis]), old * row, new * row)
+        self._lay_out(capacity)
+
+    def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
+        size = sum(state_bytes(state, batch, rows) for state in states)
+        check_memory(size, f"caches for {batch} slots of {rows} tokens", freed)
+
+    def clear(self) -> None:
+        """Zero the caches. Rows past a slot's length are masked, but a NaN left there would pass through the mask."""
+        for flat in self.memory:
+            flat.fill(0)
+
+    def clear_slot(self, slot: int) -> None:
+        """Zero one slot's caches."""
+        for cache in self.caches:
+            cache[slot] = 0
+
+    def step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+    ) -> np.ndarray:
+        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+
+        Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
+        With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
+        """
+        lengths = self.dropping.make_room(cache_lengths, input_ids.shape[1], self._part)
+        found = self._run(None, input_ids, lengths[0], sequence_lengths, *lengths[1:])
+        return likeliest_ids(found) if likeliest else found
+
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
+        lengths = self.dropping.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
+        return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+
+    def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
+        return nullcontext(self.caches[self.graph.states.index(state)][slot])
+
+    def _run(self, slot: int | None, *values: np.ndarray) -> np.ndarray:
+        length = values[0].shape[1]
+        if (length, slot) not in self._bindings:
+            # decode's binding is kept beside that of the latest chunk
+            for other in [key for key in self._bindings if key != (1, None)]:
+                del self._bindings[other]
+            self._bindings[length, slot] = self._bind(length, slot)
+        binding, inputs, logits = self._bindings[length, slot]
+        for buffer, value in zip(inputs, values, strict=True):
+            buffer[...] = value
+        try:
+            with flushed_denormals():
+                self.session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
+        return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
+
+    def _bind(self, length: int, slot: int | None) -> tuple[Any, list[np.ndarray], np.ndarray]:
+        """Buffers for steps of S = `length` tokens of all slots or of one, bound once: the inputs, and the logits."""
+        binding = self.session.io_binding()
+        batch, part = (self.batch, slice(None)) if slot is None else (1, slice(slot, slot + 1))
+        names = self.graph.inputs
+        inputs = [np.zeros((batch, length) if name == "input_ids" else batch, np.int64) for name in names]
+        for name, buffer in zip(names, inputs, strict=True):
+            _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
+        rows = length if self.graph.logits == "all" else 1
+        logits = np.zeros((batch, rows, self.graph.logits_width), STORAGE[self.graph.dtype])
+        _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
+        for state, cache in zip(self.graph.states, self.caches, strict=True):
+            _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])
+            _bind(binding.bind_output, state.output, cache[part], ELEMENTS[state.dtype])
+        return binding, inputs, logits
+
+    def _lay_out(self, capacity: int) -> None:
+        shapes = [state.sized(self.batch, self.graph.rows(capacity)) for state in self.graph.states]
+        self.caches = [flat[: prod(s)].reshape(s) for flat, s in zip(self.memory, shapes, strict=True)]
+        self.capacity, self._bindings = capacity, {}
+
+
+def session_options(threads: int | None) -> Any:
+    """ONNX Runtime's options for `threads`, None for its own choice."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def cpu_session(model: Path | bytes, threads: int | None) -> Any:
+    """ONNX Runtime's session on the CPU with `threads`, None for its own choice; its weights move into huge pages."""
+    options = session_options(threads)
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
+    with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    use_huge_pages()
+    return session
+
+
+def state_bytes(state: State, batch: int, rows: int) -> int:
+    """Bytes of a cache for `batch` slots of `rows` rows."""
+    return prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize
+
+
+def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits that numpy can compute with: it knows no bfloat16, whose bits are the upper half of a float32's."""
+    return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
+
+
+def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
+    """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
+
+
+def likeliest_ids(logits: np.ndarray) -> np.ndarray:
+    """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
+    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
+
+
+def _move_apart(flat: np.ndarray, heads: int, old: int, new: int) -> None:
+    """Of the `heads` parts that begin every `old` elements, make parts of `new` that begin as the old and end in 0."""
+    for head in reversed(range(heads)):  # the last first: a part lands behind those that still wait
+        flat[head * new : head * new + old] = flat[head * old : (head + 1) * old]
+        flat[head * new + old : (head + 1) * new] = 0
+
+
+def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
+    bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, of which the rest is where in its sources it said so."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _buffers(states: Sequence[State], batch: int, rows: int) -> list[np.ndarray]:
+    """Zeros for each state, flat, in one piece of memory: numpy has Linux put those of several MB into huge pages.
+
+    In small ones, every eighth step or so writes to a page of each head that is new, and a page costs a microsecond.
+    """
+    sizes = [state_bytes(state, batch, rows) for state in states]
+    starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
+    memory = np.zeros(starts[-1], np.uint8)
+    return [
+        memory[start : start + size].view(STORAGE[state.dtype])
+        for state, start, size in zip(states, starts, sizes, strict=False)
+    ]

@@ -1,0 +1,161 @@
+"""The portable graph on a GPU: ONNX Runtime's CUDA and TensorRT providers over buffers in the device's memory.
+
+B batch, S new tokens, C cache capacity.
+"""
+
+import ctypes
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from runtime.artifact.manifest import ELEMENTS, Artifact, Graph
+from runtime.backends.cuda import Device, start_driver
+from runtime.backends.gpu_session import GpuSession
+from runtime.backends.ort_cpu import STORAGE, first_line, session_options
+from runtime.errors import ArtifactError, RequestError
+
+NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = ("auto", "cpu", *NAMES)
+CHUNK = 512  # of the TensorRT provider, whose engine wants a largest step
+
+
+def choose_provider(provider: str) -> str:
+    """ "cpu", "cuda" or "tensorrt". Raises `RequestError` where what was named cannot run here, saying what is missing.
+
+    "auto" is "cuda" where nothing is missing for it, else "cpu": only who leaves the choice open gets another one.
+    """
+    if provider not in PROVIDERS:
+        raise RequestError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    if provider == "auto":
+        return "cpu" if missing("cuda") else "cuda"
+    if provider != "cpu" and (reason := missing(provider)):
+        raise RequestError(f"--provider {provider}: {reason}; --provider auto takes what there is")
+    return provider
+
+
+def missing(provider: str) -> str | None:
+    """What this machine lacks for a GPU provider, or None: its ONNX Runtime, the driver, a GPU, or a library."""
+    version = onnxruntime.__version__
+    if NAMES[provider] not in onnxruntime.get_available_providers():
+        return f"ONNX Runtime {version} is a build without {NAMES[provider]}; install onnxruntime-gpu"
+    try:
+        driver = start_driver()
+    except RequestError as error:
+        return str(error)
+    result, count = driver.cuDeviceGetCount()
+    if result != driver.CUresult.CUDA_SUCCESS or not count:
+        return "the NVIDIA driver shows no GPU"
+    onnxruntime.preload_dlls()
+    library = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"ONNX Runtime {version} needs a library that is not installed: {error}"
+    return None
+
+
+def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, str]]]:
+    """The providers in the order in which they may take nodes, with their options."""
+    options: list[tuple[str, dict[str, str]]] = [(NAMES["cuda"], {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+    if provider == "tensorrt":
+        bounds = {}
+        for name, batch, length in (("min", 1, 1), ("opt", 1, 1), ("max", graph.max_batch, _chunk(graph))):
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(graph.inputs, (batch,)) | {"input_ids": (batch, length)}
+            shapes |= {state.input: state.sized(batch, graph.rows(graph.max_length)) for state in graph.states}
+            bounds[f"trt_profile_{name}_shapes"] = ",".join(
+                f"{key}:{'x'.join(map(str, shape))}" for key, shape in shapes.items()
+            )
+        # One capacity, since TensorRT's cache update wants it fixed; engines are kept for the next time.
+        kept = {
+            "trt_engine_cache_enable": "1",
+            "trt_timing_cache_enable": "1",
+            "trt_engine_cache_path": str(Path.home() / ".cache" / "wm-models" / "tensorrt"),
+        }
+        options.insert(0, (NAMES["tensorrt"], {**bounds, **kept}))
+    return options
+
+
+def _chunk(graph: Graph) -> int:
+    return min(CHUNK, graph.chunk)
+
+
+class OnnxGpuSession(GpuSession):
+    """ONNX Runtime on a GPU: every input and output is bound to an address on the device, caches at both ends."""
+
+    def __init__(self, artifact: Artifact, provider: str, device: Device, threads: int | None = None):
+        graph = artifact.graph
+        fixed = provider == "tensorrt"
+        super().__init__(
+            artifact, device, graph.max_batch, (graph.max_length,) if fixed else graph.capacities,
+            _chunk(graph) if fixed else graph.chunk,
+        )  # fmt: skip
+        options = session_options(threads)
+        if fixed:
+            options.add_free_dimension_override_by_name("capacity", graph.rows(graph.max_length))
+        path = artifact.path / graph.file
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                path, options, providers=provider_options(provider, self.graph), enable_fallback=0
+            )
+        except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
+            raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first_line(error)}") from error
+        if NAMES[provider] not in self.session.get_providers():
+            raise RequestError(f"--provider {provider}: ONNX Runtime fell back to {self.session.get_providers()[0]}")
+        self._bindings: dict[int, Any] = {}
+
+    def execute(self, length: int) -> None:
+        if length not in self._bindings:
+            # decode's binding is kept beside that of the latest chunk
+            self._bindings = {size: binding for size, binding in self._bindings.items() if size == 1}
+            self._bindings[length] = self._bind(length)
+        self.upload_inputs(length)
+        self.device.synchronize()  # ONNX Runtime has a stream of its own, and waits for it before it returns
+        self.session.run_with_iobinding(self._bindings[length])
+
+    def _bind(self, length: int) -> Any:
+        binding = self.session.io_binding()
+
+        def bind(to: Any, name: str, dtype: str, shape: tuple[int, ...], address: int) -> None:
+            to(name, "cuda", 0, ELEMENTS[dtype], shape, address)
+
+        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
+            bind(binding.bind_input, name, "int64", shape, address)
+        rows = length if self.graph.logits == "all" else 1
+        logits = (self.batch, rows, self.graph.logits_width)
+        bind(binding.bind_output, "logits", self.graph.dtype, logits, self.addresses["logits"])
+        for state in self.graph.states:
+            shape = state.sized(self.batch, self.graph.rows(self.capacity))
+            address = self.addresses[state.input]
+            bind(binding.bind_input, state.input, state.dtype, shape, address)
+            bind(binding.bind_output, state.output, state.dtype, shape, address)
+        return binding
+
+    def grow(self, capacity: int) -> None:
+        """New caches, into which the old ones are copied row by row, on the device."""
+        batch, old, before = self.batch, self.graph.rows(self.capacity), self.addresses
+        rows = self.graph.rows(capacity)
+        if rows == old:
+            self.capacity = capacity
+            return
+        self.addresses = {}
+        try:
+            self.allocate(batch, capacity)
+            for state in self.graph.states:
+                small, large = state.sized(batch, old), state.sized(batch, rows)
+                at = state.shape.index("capacity") if "capacity" in state.shape else 0
+                width = np.dtype(STORAGE[state.dtype]).itemsize
+                sizes = [prod(shape[at:]) * width for shape in (small, large)]
+                for row in range(prod(small[:at])):
+                    to, source = self.addresses[state.input] + row * sizes[1], before[state.input] + row * sizes[0]
+                    self.device.copy(to, source, sizes[0])
+            self.device.synchronize()
+        finally:
+            for address in before.values():
+                self.device.free(address)
+
+    def release(self) -> None:
+        self._bindings = {}
+        super().release()

@@ -1,0 +1,3 @@
+from .loader import CheckpointError, find_checkpoint
+
+__all__ = ["CheckpointError", "find_checkpoint"]

@@ -1,0 +1,204 @@
+"""Dynamic mask attention (paper, section 3.2): each key carries a bias computed from its own value vector.
+
+B batch, S new tokens, L keys seen, C cache capacity, D hidden size, H query heads, K key/value heads, d head size,
+Hm rows of the bias (K or H), w keys kept.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+from wm_models.configuration import DogeConfig
+
+
+class Pass(Protocol):
+    """What one pass over the model knows that its layers do not: positions, caches, and which keys are visible."""
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, heads, S, d) turned to this pass's positions."""
+        ...
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Remember this layer's new keys and attend over all remembered ones.
+
+        query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S). Returns (B, H, S, d).
+        """
+        ...
+
+    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Carry this layer's state over the new tokens.
+
+        `advance(state=, real=, first=)` gives the layer's output and its next state from the state (B, …), None where
+        there is none yet, and the masks of tokens, bool (B, 1, S): `real` or padding, and `first` of their sequence.
+        """
+        ...
+
+
+class AttentionCache(NamedTuple):
+    """One attention layer's static cache. Row j of a slot is the token at position j."""
+
+    key: torch.Tensor  # (B, K, C, d), rotated
+    value: torch.Tensor  # (B, K, C, d)
+    bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
+
+
+class DMAttention(nn.Module):
+    """One attention layer: (B, S, D) -> (B, S, D), with positions and caches supplied by the pass."""
+
+    def __init__(self, config: DogeConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_size, self.key_value_heads = layer, config.head_size, config.key_value_heads
+        inner, narrow = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.A = nn.Parameter(torch.zeros(config.bias_heads))
+        self.dt_proj = nn.Linear(narrow, config.bias_heads, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_size, eps=config.rms_norm_eps) if config.query_key_norm else nn.Identity()
+            for _ in range(2)
+        )
+
+    def new_cache(self, batch: int, capacity: int) -> AttentionCache:
+        """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""
+        sizes = (self.key_value_heads, self.head_size), (self.key_value_heads, self.head_size), (self.A.shape[0], 1)
+        return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm)."""
+        value = self.v_proj(x)
+        query, key = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
+        return query, key, self.heads(value), self.dt_proj(value)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, heads·d) -> (B, heads, S, d)."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+        query, key, value, dt = self.project(x)
+        query, key = run.rotate(self.q_norm(query)), run.rotate(self.k_norm(key))
+        bias = torch.exp(self.A * F.softplus(dt)).transpose(1, 2)
+        y = run.attend(self.layer, query, key, value, bias)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the bias into the key vectors: `score + bias` is then one plain dot product.
+
+    Keys become [key, bias_1 … bias_G] with G = Hm / K, one channel for each bias row of a key head, and values get G
+    zeros, since fused kernels want both of one size. key and value (B, K, L, d), bias (B, Hm, L) -> (B, K, L, d + G).
+    """
+    batch, heads, length, _ = key.shape
+    groups = bias.shape[1] // heads
+    channels = bias.view(batch, heads, groups, length).transpose(2, 3)
+    return torch.cat([key, channels], dim=-1), F.pad(value, (0, groups))
+
+
+def document_index(position_ids: torch.Tensor) -> torch.Tensor:
+    """Which document of its row each token is in: a new one starts where a position does not follow the one before.
+
+    position_ids (B, S) int64, as transformers reads them -> (B, S) int64, rising from 0.
+    """
+    starts = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    return starts.cumsum(-1)
+
+
+def document_channels(documents: torch.Tensor, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels for queries and for keys that keep the documents of a row apart under causal attention, without a mask.
+
+    Their product, scaled, adds nothing within a document and -128 or less to a key of an earlier one, whose softmax
+    weight is then exactly zero. It is a difference of two indices: put first in the vectors it is summed, and is back
+    at zero, before the real channels begin, so it costs them no precision. Each index is two digits, so every number
+    is exact in float32, bfloat16 and float16.
+
+    documents (B, S) int64 -> query's and key's (B, 1, S, 4), for heads of `size` channels.
+    """
+    unit = 2.0 ** math.ceil(math.log2(128 * size**0.5) / 2)
+    digits = torch.stack([documents // 256, documents % 256], dim=-1).to(dtype)[:, None] * unit
+    places = (torch.tensor([256.0, 1.0], dtype=dtype, device=documents.device) * unit).expand_as(digits)
+    return torch.cat([places, -digits], dim=-1), torch.cat([digits, places], dim=-1)
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
+
+    `mask`, bool or additive, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i, and of
+    these only its own document's where `documents` (B, S) says which is whose. No S×L tensor is made here, and the
+    bias's gradient flows through the keys.
+    """
+    heads, size = query.shape[1], query.shape[-1]
+    groups = key.shape[-1] - size
+    # head h reads bias channel h % G of its key head
+    channel = torch.eye(groups, dtype=query.dtype, device=query.device) * size**0.5
+    channel = channel.repeat(heads // groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
+    query = torch.cat([query, channel], dim=-1)
+    if documents is not None:
+        query_side, key_side = document_channels(documents, size, query.dtype)
+        query = torch.cat([query_side.expand(*query.shape[:2], -1, -1), query], dim=-1)
+        key = torch.cat([key_side.expand(*key.shape[:2], -1, -1), key], dim=-1)
+        value = F.pad(value, (0, key_side.shape[-1]))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=size**-0.5,
+        enable_gqa=key.shape[1] != heads,
+    )[..., :size]
+
+
+def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.Tensor:
+    """The additive mask that leaves each query the `keep` visible keys with the largest biases: (B, Hm, S, L).
+
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool. A key that is kept has its bias there, every other one the dtype's
+    lowest number. Of equal biases the later key goes first, so where all are equal (A = 0, as training starts) what is
+    kept is a sliding window. Top-k is asked only for the keep-th largest value, and ties with it are counted, so the
+    choice does not depend on how a machine sorts. With L <= keep every visible key is kept.
+    """
+    lowest = torch.finfo(bias.dtype).min
+    ranked = torch.where(visible, bias, lowest)
+    length = visible.shape[-1]
+    if statically_known_true(length <= 2 * keep):  # where few are left out, those are fewer to look for
+        count: int = torch.sym_max(length - keep, 0) + 1  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
+    else:
+        count = torch.sym_min(keep, length)  # type: ignore[assignment]
+        last = ranked.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    tied = ranked == last
+    too_many = (ranked >= last).sum(-1, keepdim=True, dtype=torch.int32) - keep
+    early = tied & (tied.cumsum(-1, dtype=torch.int32) <= too_many)
+    return torch.where((ranked < last) | early, lowest, ranked)
+
+
+def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The mask of models that drop a share of all keys (2025-01): additive, (B, Hm, S, L), in the bias's dtype.
+
+    bias (B, Hm, 1, L), visible (B, 1, S, L) bool, lengths (B) int64, each sequence's keys. With n = int(length · ratio)
+    > 0, keys whose bias is below the n-th smallest of all the sequence's keys are dropped, the same for every query.
+    A query with no visible key left attends to all that are only dropped or only hidden alike, as those models were
+    trained, so there are two steps down: one for either, both for a key that is dropped and hidden.
+    """
+    low = torch.finfo(bias.dtype).min / 2
+    present = torch.arange(bias.shape[-1], device=bias.device) < lengths[:, None, None, None]
+    count = (lengths.double() * ratio).long()[:, None, None, None].expand(-1, bias.shape[1], -1, -1)
+    ranked = torch.where(present, bias, torch.inf).sort(dim=-1).values
+    last = ranked.gather(-1, (count - 1).clamp(min=0))
+    stays = present & ((bias >= last) | (count == 0))
+    zero = bias.new_zeros(())
+    return torch.where(stays, zero, low) + torch.where(visible, zero, low)
