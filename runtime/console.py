@@ -1,10 +1,69 @@
-"""How the commands end: one line on stderr and an exit code, never a traceback unless asked for."""
+"""The command lines: options that dataclasses declare, and how a command ends.
 
+A command ends with one line on stderr and an exit code. It shows a traceback only with `--debug`.
+"""
+
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import click
 import typer
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str, *, flag: str | None = None) -> T:
+    """A dataclass field that is a command-line option too: its default and its help stand here alone.
+
+    `flag` names the option where it is not the field's own name. A list is copied for each instance.
+    """
+    metadata = {"help": help, "flag": flag}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)  # type: ignore[return-value]
+    return field(default=default, metadata=metadata)
+
+
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command. A parameter that is a dataclass becomes one option for each `option` field."""
+
+    def register(run: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(run, include_extras=True)
+        groups: dict[str, tuple[type, list[str]]] = {}
+        parameters = []
+        for parameter in inspect.signature(run).parameters.values():
+            kind = hints[parameter.name]
+            if not is_dataclass(kind):
+                parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            declared = [each for each in fields(kind) if "help" in each.metadata]
+            groups[parameter.name] = kind, [each.name for each in declared]  # type: ignore[assignment]
+            types = get_type_hints(kind)
+            parameters += [_parameter(each, types[each.name]) for each in declared]
+
+        @wraps(run)
+        def flat(**values: Any) -> None:
+            made = {key: kind(**{name: values.pop(name) for name in names}) for key, (kind, names) in groups.items()}
+            run(**values, **made)
+
+        signature = inspect.Signature(sorted(parameters, key=lambda each: each.default is not inspect.Parameter.empty))
+        flat.__signature__ = signature  # type: ignore[attr-defined]
+        flat.__annotations__ = {each.name: each.annotation for each in parameters}
+        app.command(name)(flat)
+        return run
+
+    return register
+
+
+def _parameter(declared: Field[Any], kind: Any) -> inspect.Parameter:
+    flag = declared.metadata["flag"]
+    annotation = Annotated[kind, typer.Option(*([flag] if flag else []), help=declared.metadata["help"])]
+    default = declared.default if declared.default_factory is MISSING else declared.default_factory()
+    return inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ()) -> None:
