@@ -178,7 +178,7 @@ def generate_file(
 def classify_file(engine: Engine, prompts: Sequence[Prompt], out: Path) -> Iterator[int]:
     """Classify what `out` lacks of `prompts`, likewise.
 
-    A line is the prompt's object with `line` and, as its `prediction`, the likeliest `label`, its `score` and all
+    A line is the prompt's object with `line` and, as its `prediction`, the most likely `label`, its `score` and all
     `logits`, in the order of `Engine.labels`.
     """
 

@@ -35,9 +35,9 @@ def generate(
     ] = None,
     slots: Annotated[int | None, typer.Option(help="Prompts under way at once. Default: all the artifact has.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this share.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the most likely tokens that make up this share.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
@@ -93,7 +93,7 @@ def classify(
     public_key: PublicKey = None,
     allow_unverified: Unverified = False,
 ) -> None:
-    """Print each label with its probability, the likeliest first; or classify a file of texts."""
+    """Print each label with its probability, the most likely first; or classify a file of texts."""
     if sum(given is not None for given in (text, ids, texts)) != 1:
         raise RequestError("expected one of --text, --ids and --texts")
     if (texts is None) != (out is None):

@@ -122,8 +122,8 @@ class Engine:
         return self.append(ids, lengths)
 
     @exclusive
-    def append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, likeliest: bool = False) -> np.ndarray:
-        """`prefill`, or the `likeliest` ids (B,) in place of the logits, -1 where those are not finite."""
+    def append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, argmax: bool = False) -> np.ndarray:
+        """`prefill`, or the `argmax` ids (B,) in place of the logits, -1 where those are not finite."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (B, S), neither of them 0")
@@ -139,11 +139,11 @@ class Engine:
         while done < width:
             size = self._fit(width - done)
             real = np.minimum(np.maximum(new - done, 0), size)
-            found = self.session.step(ids[:, done : done + size], self._lengths, real, likeliest)
+            found = self.session.step(ids[:, done : done + size], self._lengths, real, argmax)
             self._lengths = self._lengths + real
             if done == 0 and size == width:
                 return found
-            took = (real > 0) if likeliest else (real > 0)[:, None]
+            took = (real > 0) if argmax else (real > 0)[:, None]
             result = found.copy() if result is None else np.where(took, found, result)
             done += size
         assert result is not None
@@ -239,8 +239,8 @@ class Engine:
                     self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
                 else:
                     self.check_held(held)
-                # where the likeliest token will do, it is chosen where the logits are
-                found = self.append(np.array([new]), likeliest=sampler.greedy)
+                # a greedy choice is made where the logits are
+                found = self.append(np.array([new]), argmax=sampler.greedy)
                 held = self.held
                 if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
                     raise RequestError(

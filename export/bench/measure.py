@@ -139,10 +139,10 @@ def _generate(engine: Engine, prompt: np.ndarray, new_tokens: int, batch: int = 
     engine.reset()
     started = time.perf_counter()
     engine.reserve(batch, len(prompt) + new_tokens)
-    ids = engine.append(np.tile(prompt, (batch, 1)), likeliest=True)
+    ids = engine.append(np.tile(prompt, (batch, 1)), argmax=True)
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
-        ids = engine.append(ids[:, None], likeliest=True)
+        ids = engine.append(ids[:, None], argmax=True)
     return first - started, (time.perf_counter() - first) / (new_tokens - 1)
 
 
@@ -160,10 +160,10 @@ def _context_seconds(engine: Engine, context: int) -> float:
     engine.reserve(1, context)
     new, times = ids, []
     for start in range(0, ids.shape[1], CHUNK):
-        new = engine.append(ids[:, start : start + CHUNK], likeliest=True)[:, None]
+        new = engine.append(ids[:, start : start + CHUNK], argmax=True)[:, None]
     for _ in range(steps):
         started = time.perf_counter()
-        new = engine.append(new, likeliest=True)[:, None]
+        new = engine.append(new, argmax=True)[:, None]
         times.append(time.perf_counter() - started)
     return median(times)
 

@@ -28,8 +28,8 @@ from runtime.errors import ArtifactError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
-DROPPED = "dropped_lengths"  # one more input, of a graph whose caches have a window
-NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the likeliest tokens
+EVICTED = "dropped_lengths"  # the input that a graph with a window has besides: tokens whose rows were evicted
+NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the argmax of each row of logits
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
 ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
@@ -66,7 +66,7 @@ class Window:
 
 def input_names(window: Window | None) -> tuple[str, ...]:
     """The graph's inputs but for its states; all are int64, the first (B, S), the others (B)."""
-    return INPUTS if window is None else (*INPUTS, DROPPED)
+    return INPUTS if window is None else (*INPUTS, EVICTED)
 
 
 @dataclass(frozen=True)

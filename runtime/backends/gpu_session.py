@@ -11,8 +11,8 @@ import numpy as np
 
 from runtime.artifact.manifest import Artifact, State
 from runtime.backends.cuda import Device
-from runtime.backends.eviction import Dropping
-from runtime.backends.ort_cpu import STORAGE, last_rows, likeliest_ids, state_bytes, widened
+from runtime.backends.eviction import Eviction
+from runtime.backends.ort_cpu import STORAGE, argmax_ids, last_rows, state_bytes, widened
 from runtime.errors import RequestError
 
 INT64 = 8  # bytes
@@ -30,7 +30,7 @@ class GpuSession:
         self.device_name = device.name
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
-        self.dropping = Dropping(self.graph, 0)
+        self.eviction = Eviction(self.graph, 0)
         self.lengths = len(self.graph.inputs) - 1  # inputs of one number a slot
         self.addresses: dict[str, int] = {}
         self.host: dict[str, np.ndarray] = {}
@@ -60,7 +60,7 @@ class GpuSession:
             self.release()
             raise
         self.batch, self.capacity = batch, capacity
-        self.dropping = Dropping(self.graph, batch)
+        self.eviction = Eviction(self.graph, batch)
         self.clear()
 
     def grow(self, capacity: int) -> None:
@@ -105,11 +105,11 @@ class GpuSession:
             self.device.free_host(part)
 
     def step(
-        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
     ) -> np.ndarray:
         """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
 
-        Returns the logits (B, V), float32, of each slot's last real token, or, where only the `likeliest` tokens are
+        Returns the logits (B, V), float32, of each slot's last real token, or, where only the `argmax` tokens are
         asked for, their ids (B,), int64, -1 where logits are not finite: then no logit leaves the device.
         """
         batch, length = input_ids.shape
@@ -118,12 +118,12 @@ class GpuSession:
                 f"a step of {batch} slots and {length} tokens is asked for; there are {self.batch} slots, and a step "
                 f"takes up to {self.chunk} tokens"
             )
-        rows_taken, *dropped = self.dropping.make_room(cache_lengths, length, self._part)
-        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *dropped])
+        rows_taken, *evicted = self.eviction.make_room(cache_lengths, length, self._part)
+        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *evicted])
         self.host["inputs"][: held.size] = held
         self.execute(length)
         rows = length if self.graph.logits == "all" else 1
-        if likeliest and self.has_next_ids:
+        if argmax and self.has_next_ids:
             self.device.synchronize()
             ids = self.host["next_ids"][: batch * rows].reshape(batch, rows, 1)
             return last_rows(ids, sequence_lengths)[:, 0].copy()
@@ -131,7 +131,7 @@ class GpuSession:
         self.device.download(logits, self.addresses["logits"])
         self.device.synchronize()
         found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
-        return likeliest_ids(found) if likeliest else found
+        return argmax_ids(found) if argmax else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`.

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from runtime.artifact.manifest import ELEMENTS, Artifact, State
-from runtime.backends.eviction import Dropping
+from runtime.backends.eviction import Eviction
 from runtime.errors import ArtifactError
 from runtime.host.denormals import flushed_denormals
 from runtime.host.memory import check_memory, use_huge_pages
@@ -43,7 +43,7 @@ class OnnxSession:
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         self.chunk = self.graph.chunk
         self.batch = self.capacity = self.reserved = 0
-        self.dropping = Dropping(self.graph, 0)
+        self.eviction = Eviction(self.graph, 0)
         self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
         self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
         self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
@@ -55,7 +55,7 @@ class OnnxSession:
         else:
             rows = self.graph.rows(capacity)
             self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
-            self.dropping = Dropping(self.graph, batch)
+            self.eviction = Eviction(self.graph, batch)
             self.batch, self.reserved = batch, capacity
             self.memory = _buffers(self.graph.states, batch, rows)
         self._lay_out(self.graph.capacities[0])
@@ -95,20 +95,20 @@ class OnnxSession:
             cache[slot] = 0
 
     def step(
-        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, likeliest: bool = False
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
     ) -> np.ndarray:
         """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
 
         Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
-        With `likeliest`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
+        With `argmax`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
         """
-        lengths = self.dropping.make_room(cache_lengths, input_ids.shape[1], self._part)
+        lengths = self.eviction.make_room(cache_lengths, input_ids.shape[1], self._part)
         found = self._run(None, input_ids, lengths[0], sequence_lengths, *lengths[1:])
-        return likeliest_ids(found) if likeliest else found
+        return argmax_ids(found) if argmax else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
-        lengths = self.dropping.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
+        lengths = self.eviction.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
         return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
 
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
@@ -189,7 +189,7 @@ def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
     return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
 
 
-def likeliest_ids(logits: np.ndarray) -> np.ndarray:
+def argmax_ids(logits: np.ndarray) -> np.ndarray:
     """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
 

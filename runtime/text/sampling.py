@@ -18,7 +18,7 @@ class Sampler:
     """Repetition penalty, temperature, top-k, top-p, in this order, as transformers' processors define them.
 
     `temperature` 0 takes the largest logit, the first of equals; `top_k` 0 or above V and `top_p` 1 keep every token,
-    `top_p` 0 the likeliest alone; tokens that tie with the k-th are kept too; a `repetition_penalty` above 1 makes
+    `top_p` 0 the argmax alone; tokens that tie with the k-th are kept too; a `repetition_penalty` above 1 makes
     tokens that occurred less likely; `seed` makes the draws repeatable. Raises `RequestError` for other values, and
     for logits of which the largest is not finite.
     """
@@ -67,7 +67,7 @@ class Sampler:
             scores[ids] = values.clip(-LARGEST, LARGEST)
         if self.temperature == 0.0:
             return int(scores.argmax())
-        with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest alone
+        with np.errstate(over="ignore"):  # a tiny temperature leaves the argmax alone
             scaled = (scores - scores.max()) / self.temperature
         if 0 < self.top_k < scaled.size:
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf

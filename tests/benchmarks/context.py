@@ -38,12 +38,12 @@ def engine_steps(artifact: Path, positions: list[int], threads: int) -> list[flo
     for position in positions:
         engine.reset()
         engine.reserve(1, engine.graph.max_length)
-        ids = engine.append(_prompt(engine.graph.vocabulary, position), likeliest=True)
+        ids = engine.append(_prompt(engine.graph.vocabulary, position), argmax=True)
         rounds = []
         for _ in range(ROUNDS):
             started = time.perf_counter()
             for _ in range(NEW):
-                ids = engine.append(ids[:, None], likeliest=True)
+                ids = engine.append(ids[:, None], argmax=True)
             rounds.append((time.perf_counter() - started) / NEW)
         times.append(min(rounds))
     return times

@@ -72,7 +72,7 @@ def test_texts_ids_and_both_together(engine):
     np.testing.assert_array_equal(engine.classify([2, 2, 2]), engine.classify([2]))
 
 
-def test_scores_of_the_likeliest_label_of_a_file(engine, tmp_path):
+def test_scores_of_the_most_likely_label_of_a_file(engine, tmp_path):
     """A label of the file's own stays; what was stopped goes on."""
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"text": text, "label": "prose"} for text in TEXTS] + [{"ids": [5, 6, 7]}]

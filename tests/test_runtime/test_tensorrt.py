@@ -229,7 +229,7 @@ def test_not_finite_logits_are_told(made, machine):
     broken = session.device.host_array((8,), np.float32)
     broken[:] = np.nan  # in float16 every other number is one
     session.device.upload(session.addresses["layers.0.value"], broken)
-    assert session.step(np.array([[4]]), np.array([3]), np.array([1]), likeliest=True).tolist() == [-1]
+    assert session.step(np.array([[4]]), np.array([3]), np.array([1]), argmax=True).tolist() == [-1]
 
 
 def test_profiles(machine):

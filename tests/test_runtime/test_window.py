@@ -71,12 +71,12 @@ def test_it_is_the_same(made):
     np.testing.assert_allclose(ragged(few), ragged(all_), rtol=0, atol=1e-5)
     rows = {state.input: cache.shape[2] for state, cache in zip(few.graph.states, few.session.caches, strict=True)}
     assert set(rows.values()) == {KEEP + SPARE}
-    assert few.session.dropping.dropped.min() > 0
+    assert few.session.eviction.evicted.min() > 0
     assert {cache.shape[2] for cache in all_.session.caches} == {LENGTH}
 
 
 def test_sequences_join_and_leave(made):
-    """A slot forgets what its last sequence dropped, and the others do not notice."""
+    """A slot forgets what was evicted from its last sequence, and the others do not notice."""
     given = [Prompt(line, {}, ids) for line, ids in enumerate(prompts(90, 5, 31, 60, 1, 33, 120))]
     found = [{p.line: ids for p, ids in generate_many(load(path), given, 50, slots=2)} for path in made]
     assert found[0] == found[1]
