@@ -1,6 +1,7 @@
 """Every kind of source, what is held out, and what is refused."""
 
 import json
+import os
 
 import datasets
 import pyarrow
@@ -103,3 +104,53 @@ def test_one_document_gives_its_end():
     (kept,), (held,) = hold_out([Document("book.txt", "abcdefghij" * 10)], [])
     assert kept.text + held.text == "abcdefghij" * 10
     assert len(held.text) == 5
+
+
+@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [b"a", b"b"], [{"a": "b"}]], ids=lambda v: str(v)[:8])
+def test_columns_that_are_no_text(tmp_path, values):
+    """Integers, lists, bytes and structs: refused by their type, in a file as in a saved dataset."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / "saved")
+    for source in ("a.parquet", "saved"):
+        with pytest.raises(TrainingError, match=r"its column text has the type .*; expected string"):
+            read_documents([str(tmp_path / source)])
+
+
+def test_every_column_of_strings(tmp_path):
+    for kind in (pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int8(), pyarrow.string())):
+        values = pyarrow.array(["one", None, "two"]).cast(kind)
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+        assert [document.text for document in read_documents([str(tmp_path)])] == ["one", "two"]
+
+
+def test_parquet_that_is_not_utf_8(tmp_path):
+    text = pyarrow.array([b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(TrainingError, match=r"a.parquet: is not UTF-8 .*--skip-bad"):
+        read_documents([str(tmp_path)])
+    assert names([tmp_path], skip_bad=True) == ["b.txt"]
+
+
+def test_pipes_are_no_files(tmp_path):
+    """A named pipe is refused by name and passed over in a folder; it is never opened."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(TrainingError, match="is a pipe, a socket or a device"):
+        read_documents([str(tmp_path / "pipe.txt")])
+    for source in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(TrainingError, match="no text found"):
+            read_documents([str(source)])
+
+
+def test_lines_of_json_end_at_the_newline_alone(tmp_path):
+    texts = ["one\u2028two", "three\u0085four\x0bfive", "six"]
+    lines = "\ufeff" + "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert [document.text for document in read_documents([str(tmp_path)])] == texts
+
+
+@pytest.mark.parametrize("line", ['{"text": "\\ud800"}', "[" * 100_000])
+def test_lines_of_json_that_no_tokenizer_takes(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(TrainingError, match=r"a\.jsonl:1: "):
+        read_documents([str(tmp_path)])

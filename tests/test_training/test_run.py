@@ -1,20 +1,25 @@
 """Whole runs: one graph, the same curve however it is computed, and nothing lost when one is killed."""
 
+import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast
 
 from test_training.conftest import TINY
 from wm_models import DogeForCausalLM
 from wm_models.training import Recipe, TrainingError, train
+from wm_models.training.cli import RecipeOptions
 from wm_models.training.report import Progressing
 from wm_models.training.run import estimate
 
@@ -171,6 +176,88 @@ def test_dry_run(corpus):
     assert found.parameters > 0
     assert found.step_seconds > 0
     assert found.total_seconds > 7 * found.step_seconds
+
+
+def test_files_have_the_permissions_of_new_files(finished, tmp_path):
+    """The library that writes the weights leaves them readable by their owner alone."""
+    out, _ = finished
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    for path in (*out.glob("*.*"), *out.glob("checkpoints/*/*")):
+        assert path.is_dir() or path.stat().st_mode == expected, path
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(corpus, tmp_path, monkeypatch):
+    """Every file of a checkpoint, and of the finished model, is synced before it gets its name, and then the name."""
+    log, fsync, rename, replace = [], os.fsync, Path.rename, os.replace
+
+    def note_sync(descriptor):
+        log.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        log.append(("name", str(path), [str(file) for file in path.rglob("*")], str(target)))
+        return rename(path, target)
+
+    def note_replace(path, target):
+        log.append(("name", str(path), [str(path)], str(target)))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(os, "replace", note_replace)
+    train(recipe(corpus, steps=2), tmp_path / "out")
+    named = [(index, *entry[1:]) for index, entry in enumerate(log) if entry[0] == "name" and ".unfinished" in entry[1]]
+    assert {Path(target).name for *_, target in named} >= {"checkpoint-2", "model.safetensors", "config.json"}
+    for index, _, files, target in named:
+        assert files
+        before = {entry[1] for entry in log[:index] if entry[0] == "sync"}
+        assert before >= set(files)
+        assert str(Path(target).parent) in [entry[1] for entry in log[index:] if entry[0] == "sync"]
+
+
+@pytest.mark.parametrize(("has", "precision"), [("bf16", "bf16"), ("fp32", "fp32")])
+def test_the_precision_is_the_device_s(corpus, tmp_path, monkeypatch, has, precision):
+    """It is said in one line and written down, so that a resumed run goes on in it on any machine."""
+    out, screen = tmp_path / "out", io.StringIO()
+    monkeypatch.setattr("wm_models.training.run.device_precision", lambda: has)
+    train(recipe(corpus, steps=2, precision="auto"), out, console=Console(file=screen, width=200))
+    assert f"computes in {'bfloat16' if has == 'bf16' else 'float32'}" in screen.getvalue()
+    assert Recipe.load(str(out / "recipe.toml"), {}).precision == precision
+    monkeypatch.setattr("wm_models.training.run.device_precision", lambda: "fp32" if has == "bf16" else "bf16")
+    train(recipe(corpus, steps=2, precision="auto"), out, resume=True)
+
+
+def test_progress_within_a_step(corpus, tmp_path, monkeypatch):
+    """The first two parts of a step give tokens/s and the time left; a run of days warns."""
+    screen = io.StringIO()
+    train(recipe(corpus, steps=2), tmp_path / "short", console=Console(file=screen, width=200))
+    lines = [line for line in screen.getvalue().splitlines() if "tokens/s" in line]
+    assert lines[0].startswith("step 1 of 2, part 1 of 2: ")
+    assert lines[1].startswith("step 1 of 2: ")
+    assert all(line.endswith(" left") for line in lines)
+    assert "warning" not in screen.getvalue()
+    clock = itertools.count(step=100_000)
+    monkeypatch.setattr("wm_models.training.report.time.monotonic", lambda: float(next(clock)))
+    train(recipe(corpus, steps=2), tmp_path / "long", console=Console(file=screen, width=200))
+    assert "warning: at this speed the run takes 2.3 days" in screen.getvalue()
+
+
+def test_a_recipe_s_held_out_can_be_changed(corpus, tmp_path, monkeypatch, capsys):
+    """Patterns of a recipe that match nothing in --data name the option, and the option replaces them."""
+    from wm_models.training.cli import main
+
+    path = tmp_path / "recipe.toml"
+    recipe(corpus, held_out=["absent"], steps=1).save(path)
+    command = ["wm-train", "--recipe", str(path), "--data", str(corpus), "--out", str(tmp_path / "out")]
+    for given, code in (([], 2), (["--held-out", "held*"], 0)):
+        monkeypatch.setattr(sys, "argv", [*command, *given])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        errors = capsys.readouterr().err
+        assert ended.value.code == code, errors
+        assert code == 0 or "--held-out" in errors
+    assert RecipeOptions(held_out=[""], exclude=["", "a"]).changes() == {"held_out": [], "exclude": ["a"]}
 
 
 @pytest.mark.slow

@@ -2,69 +2,83 @@
 
 import logging
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
-from runtime.console import run
+from runtime.console import command, option, run
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import Recipe
 from wm_models.training.run import estimate, train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
+PATTERNS = ("held_out", "exclude")  # values of a recipe that are patterns
 
 
-@app.command()
-def main_command(
-    recipe: Annotated[str | None, typer.Option(help="A .toml file, or the name of a recipe that is shipped.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A model's size, with the recipe that is shipped for it.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="A file, folder or glob of text; may be repeated. Default: Python's standard library."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The checkpoint directory to write.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a step, over all devices.")] = None,
-    device_batch_size: Annotated[int | None, typer.Option(help="The most rows that a device takes at once.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest of the schedule.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's directory. Default: the preset's.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Train a tokenizer of so many ids on the data.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and data order.")] = None,
-    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out files that are not UTF-8.")] = None,
-    sharded: Annotated[
-        bool | None, typer.Option("--sharded", help="Spread the parameters over the processes of torchrun (FSDP2).")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Take two steps, and print what the run would need.")
-    ] = False,
-) -> None:
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Values of a recipe that the command line changes; None leaves the recipe's."""
+
+    data: list[str] | None = option(
+        None, "A file, folder or glob of text; may be repeated. Default: Python's standard library."
+    )
+    held_out: list[str] | None = option(
+        None, "A pattern of document names to measure on; may be repeated. '': one document in 50."
+    )
+    exclude: list[str] | None = option(None, "A pattern of document names to leave out; may be repeated. '': none.")
+    steps: int | None = option(None, "Optimizer steps.")
+    sequence_length: int | None = option(None, "Tokens of a row.")
+    batch_size: int | None = option(None, "Rows of a step, over all devices.")
+    device_batch_size: int | None = option(None, "The most rows that a device takes at once.")
+    learning_rate: float | None = option(None, "The highest of the schedule.")
+    precision: str | None = option(None, "auto, fp32 or bf16. auto: bf16 where the device computes in it, else fp32.")
+    tokenizer: str | None = option(None, "A tokenizer's directory. Default: the preset's.")
+    vocabulary: int | None = option(None, "Train a tokenizer of so many ids on the data.")
+    seed: int | None = option(None, "Of weights and data order.")
+    skip_bad: bool | None = option(None, "Leave out files that are not UTF-8.", flag="--skip-bad")
+    sharded: bool | None = option(
+        None, "Spread the parameters over the processes of torchrun (FSDP2).", flag="--sharded"
+    )
+
+    def changes(self) -> dict[str, Any]:
+        """What was given, as a recipe has it; an empty pattern stands for no pattern."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: [part for part in value if part] if name in PATTERNS else value for name, value in given.items()}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run comes from and goes to."""
+
+    recipe: str | None = option(None, "A .toml file, or the name of a recipe that is shipped.")
+    preset: str | None = option(None, "A model's size, with the recipe that is shipped for it.")
+    out: Path | None = option(None, "The checkpoint directory to write.")
+    resume: bool = option(False, "Go on from the last checkpoint in --out.", flag="--resume")
+    dry_run: bool = option(False, "Take two parts of a step, and print what the run would need.", flag="--dry-run")
+
+
+@command(app)
+def main_command(run_options: RunOptions, recipe_options: RecipeOptions) -> None:
     """Train a model on text, from a folder to a checkpoint that from_pretrained and wm-export take.
 
     What an option does not say the recipe does; every value of a recipe is in the file.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch")
+    recipe, preset, out = run_options.recipe, run_options.preset, run_options.out
     if recipe and preset:
         raise TrainingError("--recipe and --preset are both given; a recipe names its preset")
-    if out is None and not dry_run:
+    if out is None and not run_options.dry_run:
         raise TrainingError("--out is missing; expected the checkpoint directory to write")
-    options: dict[str, Any] = {
-        "data": data, "steps": steps, "sequence_length": sequence_length, "batch_size": batch_size,
-        "device_batch_size": device_batch_size, "learning_rate": learning_rate, "precision": precision,
-        "tokenizer": tokenizer, "vocabulary": vocabulary, "seed": seed, "skip_bad": skip_bad, "sharded": sharded,
-    }  # fmt: skip
-    chosen = {name: value for name, value in options.items() if value is not None}
-    plan = Recipe.load(recipe or preset or "doge-20m", chosen)
-    if dry_run:
+    plan = Recipe.load(recipe or preset or "doge-20m", recipe_options.changes())
+    if run_options.dry_run:
         _print_estimate(plan)
     elif out is not None:
-        _print_result(train(plan, out, resume, console), out)
+        _print_result(train(plan, out, run_options.resume, console), out)
 
 
 def _print_estimate(plan: Recipe) -> None:

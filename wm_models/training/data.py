@@ -4,16 +4,18 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wm_models.training.errors import TrainingError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 HELD_OUT_SHARE = 50  # one document in so many, where nothing says which
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
@@ -54,7 +56,9 @@ def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[li
         chosen = [_matches(document.name, patterns) for document in documents]
         if all(chosen) or not any(chosen):
             raise TrainingError(
-                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and others to train on"
+                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and others to train on; "
+                "give other patterns with --held-out, or --held-out '' to hold out one document in "
+                f"{HELD_OUT_SHARE}"
             )
     else:
         chosen = [_hash(document.name) % HELD_OUT_SHARE == 0 for document in documents]
@@ -80,22 +84,28 @@ def _hash(name: str) -> int:
 def _files(source: str) -> Iterator[tuple[Path, Path]]:
     """Pairs of a folder and a file below it, in order; a directory of `datasets` stands for itself."""
     path = Path(source)
-    if _is_dataset(path):
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise TrainingError(f"{path}: cannot tell its kind; expected {', '.join(SUFFIXES)}")
+    if path.is_file() or path.is_dir():
+        yield from _below(path)
+    elif path.exists():
+        raise TrainingError(f"{path}: is a pipe, a socket or a device; expected a file or a folder")
+    elif matches := sorted(glob.glob(source, recursive=True)):
+        for match in matches:
+            if Path(match).suffix in SUFFIXES:
+                yield from _below(Path(match))
+    else:
+        raise TrainingError(f"{source}: no such file or directory, and no file matches it")
+
+
+def _below(path: Path) -> Iterator[tuple[Path, Path]]:
+    """As `_files`, for one file or folder; nothing for what is neither."""
+    if path.is_file() or _is_dataset(path):
         yield path.parent, path
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.suffix in SUFFIXES and file.is_file():
                 yield path, file
-    elif path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise TrainingError(f"{path}: cannot tell its kind; expected {', '.join(SUFFIXES)}")
-        yield path.parent, path
-    elif matches := sorted(glob.glob(source, recursive=True)):
-        for match in matches:
-            if Path(match).suffix in SUFFIXES:
-                yield from _files(match)
-    else:
-        raise TrainingError(f"{source}: no such file or directory, and no file matches it")
 
 
 def _is_dataset(path: Path) -> bool:
@@ -103,53 +113,52 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _read(file: Path, name: str, skip_bad: bool) -> Iterator[Document]:
-    if file.is_dir():
-        yield from _rows(name, _dataset_texts(file))
-    elif file.suffix == ".parquet":
-        yield from _rows(name, _parquet_texts(file))
-    else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            if skip_bad:
-                return
-            raise TrainingError(
-                f"{file}: is not UTF-8 (byte {error.start}); convert it, or leave such files out with --skip-bad"
-            ) from error
-        if file.suffix == ".jsonl":
-            yield from _rows(name, _json_texts(file, text))
+    readers = {".parquet": _parquet_texts, ".jsonl": _json_texts}
+    try:
+        if file.is_dir():
+            found = _rows(name, _dataset_texts(file))
+        elif file.suffix in readers:
+            found = _rows(name, readers[file.suffix](file))
         else:
-            yield Document(name, text)
+            found = [Document(name, file.read_text(encoding="utf-8"))]
+    except UnicodeDecodeError as error:
+        if skip_bad:
+            return
+        raise TrainingError(
+            f"{file}: is not UTF-8 (byte {error.start}); convert it, or leave such files out with --skip-bad"
+        ) from error
+    yield from found
 
 
-def _rows(name: str, texts: Iterable[str]) -> Iterator[Document]:
-    for row, text in enumerate(texts):
-        yield Document(f"{name}:{row}", text)
+def _rows(name: str, texts: Iterable[str]) -> list[Document]:
+    return [Document(f"{name}:{row}", text) for row, text in enumerate(texts)]
 
 
-def _json_texts(file: Path, lines: str) -> Iterator[str]:
-    for number, line in enumerate(lines.splitlines(), 1):
+def _json_texts(file: Path) -> Iterator[str]:
+    # "\n" alone ends a line: a JSON string may hold the other characters at which splitlines() splits
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise TrainingError(f"{file}:{number}: expected a JSON object with a field text") from error
             if not isinstance(text, str):
                 raise TrainingError(f"{file}:{number}: text is a {type(text).__name__}; expected a string")
+            if SURROGATE.search(text):
+                raise TrainingError(f"{file}:{number}: text has a surrogate without its pair; expected valid Unicode")
             yield text
 
 
 def _parquet_texts(file: Path) -> Iterator[str]:
-    import pyarrow.lib
+    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            if "text" not in table.schema_arrow.names:
-                raise TrainingError(f"{file}: has no column text, only {', '.join(table.schema_arrow.names)}")
+            _check_column(file, table.schema_arrow)
             for batch in table.iter_batches(columns=["text"]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-    except pyarrow.lib.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise TrainingError(f"{file}: is no parquet file: {error}") from error
 
 
@@ -158,6 +167,19 @@ def _dataset_texts(directory: Path) -> Iterator[str]:
 
     loaded = datasets.load_from_disk(os.fspath(directory))
     for split in loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]:
-        if "text" not in split.column_names:
-            raise TrainingError(f"{directory}: has no column text, only {', '.join(split.column_names)}")
+        _check_column(directory, split.data.schema)
         yield from (text or "" for text in split["text"])
+
+
+def _check_column(path: Path, schema: Any) -> None:
+    """Raise `TrainingError` unless an Arrow schema has one column `text` of strings."""
+    from pyarrow import types
+
+    found = [field.type for field in schema if field.name == "text"]
+    if len(found) != 1:
+        raise TrainingError(
+            f"{path}: has {len(found)} columns named text; expected one; its columns are {', '.join(schema.names)}"
+        )
+    kind = found[0].value_type if types.is_dictionary(found[0]) else found[0]
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        raise TrainingError(f"{path}: its column text has the type {found[0]}; expected string")

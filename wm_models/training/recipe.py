@@ -12,6 +12,8 @@ from wm_models.training.errors import TrainingError
 
 SHIPPED = Path(__file__).parent / "recipes"
 DTYPES = ("fp32", "bf16", "fp16")
+AUTO = "auto"
+PRECISIONS = (AUTO, "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
-    precision: str = "bf16"  # of the matrix products; weights and optimizer are fp32
+    # Of the matrix products; weights and optimizer are fp32. auto: bf16 where the device computes in it, else fp32.
+    precision: str = AUTO
     saved_dtype: str = "fp32"  # of the finished checkpoint
     gradient_checkpointing: bool = False
     compile: bool = True
@@ -59,11 +62,9 @@ class Recipe:
             raise TrainingError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.warmup + self.decay > 1:
             raise TrainingError(f"warmup and decay are {self.warmup} and {self.decay} of the steps; expected at most 1")
-        if self.precision not in DTYPES[:2] or self.saved_dtype not in DTYPES:
-            raise TrainingError(
-                f"precision is {self.precision!r} and saved_dtype {self.saved_dtype!r}; expected one of "
-                f"{', '.join(DTYPES[:2])} and one of {', '.join(DTYPES)}"
-            )
+        for name, choices in (("precision", PRECISIONS), ("saved_dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise TrainingError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if self.tokenizer and self.vocabulary:
             raise TrainingError("tokenizer and vocabulary are both given; expected a directory, or a size to train")
 

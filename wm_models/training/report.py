@@ -5,61 +5,96 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from wm_models.training.data import Document
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 80, 128  # characters, tokens
+DAY = 24 * 3600  # seconds
 
 
 class Progressing(TrainerCallback):
-    """A bar with loss, tokens/s and time left, or on something that is no terminal a line at every log."""
+    """A bar with loss, tokens/s and time left, or on something that is no terminal a line at every log.
 
-    def __init__(self, console: Console, tokens_a_step: int):
-        self.console, self.tokens_a_step = console, tokens_a_step
-        self.ends: list[tuple[int, float]] = []  # steps taken, and when
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        )
+    It advances with each part of a step: the rows that every device takes at once. After a second part, of which none
+    is compiled any more, it warns of a run that would take more than a day.
+    """
+
+    def __init__(self, console: Console, tokens_in_part: int, parts_of_step: int):
+        self.console, self.tokens_in_part, self.parts_of_step = console, tokens_in_part, parts_of_step
+        self.times: list[float] = []  # seconds of each part so far
+        self.done = self.total = 0  # parts, with those before a resume
+        self.began, self.loss = 0.0, ""
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends = [(state.global_step, time.monotonic())]
+        self.done, self.total = (steps * self.parts_of_step for steps in (state.global_step, state.max_steps))
         if self.console.is_terminal:
-            self.task = self.bar.add_task("compiling", total=state.max_steps, completed=state.global_step)
+            self.task = self.bar.add_task("the first part", total=self.total, completed=self.done)
             self.bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append((state.global_step, time.monotonic()))
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.monotonic()  # what was measured or saved before it counts for no step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.monotonic()
+        self.times.append(now - self.began)
+        self.began, self.done = now, self.done + 1
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.task, description=self._status(), completed=self.done)
+        elif len(self.times) <= 2:
+            self.console.print(self._status())
+        if len(self.times) == 2 and self.seconds_left() > DAY:
+            self.console.print(
+                f"warning: at this speed the run takes {duration(self.seconds_left())}; take fewer steps or tokens "
+                "(--steps, --sequence-length, --batch-size), a smaller preset, or a GPU"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_substep_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
-            text = f"loss {logs['loss']:.4f}, {self.tokens_per_second():,.0f} tokens/s"
-            if self.console.is_terminal:
-                self.bar.update(self.task, description=text)
-            else:
-                left = (state.max_steps - state.global_step) * self.seconds_a_step()
-                self.console.print(f"step {state.global_step} of {state.max_steps}: {text}, {left:,.0f} s left")
+            self.loss = f"loss {logs['loss']:.4f}, "
+            if not self.console.is_terminal:
+                self.console.print(self._status())
         elif "eval_loss" in logs:
             self.console.print(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.stop()
 
-    def seconds_a_step(self) -> float:
-        """Median of the last 50 steps, so that compiling and evaluating do not count."""
-        times = [after[1] - before[1] for before, after in zip(self.ends, self.ends[1:], strict=False)]
-        recent = sorted(times[1:][-50:] or times)
-        return recent[len(recent) // 2] if recent else math.nan
+    def _status(self) -> str:
+        step, part = divmod(self.done, self.parts_of_step)
+        steps = self.total // self.parts_of_step
+        where = f"step {step} of {steps}"
+        if part:
+            where = f"step {step + 1} of {steps}, part {part} of {self.parts_of_step}"
+        return f"{where}: {self.loss}{self.tokens_per_second():,.0f} tokens/s, {duration(self.seconds_left())} left"
+
+    def seconds_of_part(self) -> float:
+        """Median of the last 50 parts; the first, which may be compiled, counts only while there is no other."""
+        return median(self.times[1:][-50:] or self.times or [math.nan])
+
+    def seconds_left(self) -> float:
+        return (self.total - self.done) * self.seconds_of_part()
 
     def tokens_per_second(self) -> float:
-        return self.tokens_a_step / self.seconds_a_step()
+        return self.tokens_in_part / self.seconds_of_part()
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it, as "45 s", "12 min", "3.4 h" or "5.2 days"."""
+    for unit, size, most, digits in (("s", 1, 120, 0), ("min", 60, 7200, 0), ("h", 3600, DAY, 1)):
+        if seconds < most:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / DAY:.1f} days"
 
 
 def bits_per_byte(loss: float, targets: int, documents: Sequence[Document]) -> float:

@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
+from runtime.host.disk import settle, sync
 from wm_models import (
     CheemsConfig,
     CheemsForCausalLM,
@@ -33,14 +35,26 @@ from wm_models import (
 )
 from wm_models.training.data import Document, hold_out, read_documents
 from wm_models.training.errors import TrainingError
-from wm_models.training.recipe import Recipe
+from wm_models.training.recipe import AUTO, Recipe
 from wm_models.training.report import Progressing, bits_per_byte, curves, draw, sample, save_report
 from wm_models.training.rows import Rows, pack, special_ids
 from wm_models.training.tokenizer import train_tokenizer
-from wm_models.training.trainer import STAGING, RowTrainer, last_checkpoint, sweep, training_arguments
+from wm_models.training.trainer import (
+    STAGING,
+    RowTrainer,
+    device_precision,
+    last_checkpoint,
+    parts_of_step,
+    sweep,
+    training_arguments,
+)
 
 MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION_LINES = {
+    "bf16": "computes in bfloat16, which this device has; --precision fp32 for float32",
+    "fp32": "computes in float32: this device has no bfloat16 arithmetic",
+}
 RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json", "loss.png"
 
 
@@ -99,8 +113,17 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConf
     return config
 
 
+def with_precision(recipe: Recipe, begun: Path | None) -> Recipe:
+    """The recipe with its precision settled: what `begun`, the recipe of a run to resume, says, or this device's."""
+    if recipe.precision != AUTO:
+        return recipe
+    if begun is not None and begun.exists():
+        return replace(recipe, precision=Recipe.load(str(begun), {}).precision)
+    return replace(recipe, precision=device_precision())
+
+
 class Estimate(NamedTuple):
-    """What a run will take, from its first two steps."""
+    """What a run will take, from its first two parts of a step."""
 
     parameters: int
     training_tokens: int
@@ -116,6 +139,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
 
     Returns what training.json holds. Under torchrun every process calls it alike. Raises `TrainingError`.
     """
+    recipe, asked = with_precision(recipe, out / RECIPE if resume else None), recipe.precision
     arguments = training_arguments(recipe, out / "checkpoints", trial=False)
     first = arguments.process_index == 0
     console = console if console and first else Console(quiet=not first)
@@ -129,6 +153,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
         f"{len(data.train):,} documents to train on, {data.train_rows.targets:,} tokens; "
         f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} tokens"
     )
+    if asked == AUTO:
+        console.print(PRECISION_LINES[recipe.precision])
     checkpoints = out / "checkpoints"
     last, finished = last_checkpoint(checkpoints), checkpoints / f"checkpoint-{recipe.steps}"
     if not finished.exists():
@@ -141,30 +167,33 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
 
 
 def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
-    """Take a run's first two steps, of which the first compiles, and reckon what the whole would take."""
+    """Take two parts of a step, of which the first compiles, and reckon what the whole would take."""
+    recipe = with_precision(recipe, None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(recipe, Path(folder), trial=True)
         data = prepare(recipe)
         config = model_config(recipe, data.tokenizer)
         trainer, progress = _trainer(recipe, arguments, config, data, console or Console(), None)
         trainer.train()
-    (_, start), (_, compiled), (_, end) = progress.ends[:3]
-    step = end - compiled
+    first, part = progress.times[:2]
+    parts = parts_of_step(recipe, arguments)
     return Estimate(
         get_model_param_count(trainer.model),
         data.train_rows.targets,
         data.held_out_rows.targets,
         _peak_bytes(),
-        compiled - start - step,
-        step,
-        compiled - start + step * (recipe.steps - 1),
+        first - part,
+        part * parts,
+        first + part * (recipe.steps * parts - 1),
     )
 
 
 def _trainer(
     recipe: Recipe, arguments: Any, config: DogeConfig, data: Prepared, console: Console, logs: Path | None
 ) -> tuple[RowTrainer, Progressing]:
-    progress = Progressing(console, recipe.batch_size * recipe.sequence_length)
+    parts = arguments.gradient_accumulation_steps
+    rows = arguments.per_device_train_batch_size * arguments.world_size
+    progress = Progressing(console, rows * recipe.sequence_length, parts)
     callbacks: list[TrainerCallback] = [progress]
     if logs is not None:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(logs))))
@@ -198,8 +227,10 @@ def _claim(recipe: Recipe, out: Path, digest: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DIGEST).write_text(digest)
         recipe.save(folder / RECIPE)
+        settle(folder)
         for name in (RECIPE, DIGEST):  # whoever finds a recipe can resume
             os.replace(folder / name, out / name)
+        sync(out)
     sweep(out / "checkpoints")
 
 
@@ -227,8 +258,11 @@ def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict
         save_report(folder / REPORT, values)
     except Exception as error:  # as where checkpoints are written
         raise TrainingError(f"{out}: the model cannot be written: {error}; then go on with --resume") from error
+    settle(folder)
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+        sync(out)  # what has moved so far
         os.replace(file, out / file.name)
+    sync(out)
     folder.rmdir()
     return values
 

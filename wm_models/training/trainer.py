@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from runtime.host.disk import settle, sync
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import Recipe
 from wm_models.training.rows import Rows
@@ -20,8 +21,19 @@ STAGING = ".unfinished"
 KEPT_CHECKPOINTS = 2
 
 
+def device_precision() -> str:
+    """bf16 where the device computes in bfloat16, else fp32: emulated bfloat16 is many times slower than float32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+
+
 def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> TrainingArguments:
-    """The recipe in transformers' terms, for this process's share; a `trial` takes two steps and keeps nothing."""
+    """The recipe in transformers' terms, for this process's share.
+
+    A `trial` takes two steps, each of one part of the recipe's, and keeps nothing.
+    """
     gpu, distributed = torch.cuda.is_available(), torch.distributed.is_torchelastic_launched()
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -67,8 +79,13 @@ def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> Traini
             f"{arguments.world_size} processes, each with device_batch_size {rows}"
         )
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = rows
-    arguments.gradient_accumulation_steps = recipe.batch_size // (rows * arguments.world_size)
+    arguments.gradient_accumulation_steps = 1 if trial else parts_of_step(recipe, arguments)
     return arguments
+
+
+def parts_of_step(recipe: Recipe, arguments: TrainingArguments) -> int:
+    """In how many parts every device computes its rows of a step."""
+    return recipe.batch_size // (arguments.per_device_train_batch_size * arguments.world_size)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -184,7 +201,9 @@ class RowTrainer(Trainer):
             self.saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            settle(folder / STAGING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / STAGING / name).rename(folder / name)
+            sync(folder)
             sweep(folder)
         self.accelerator.wait_for_everyone()
