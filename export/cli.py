@@ -1,4 +1,4 @@
-"""The command `wm-export`: onnx, tensorrt, verify, sign, inspect."""
+"""The command `wm-export`: onnx, tensorrt, verify, sign, inspect, bench."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,13 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.bench import report
+from export.bench.measure import BaselineOptions, measure
 from export.errors import VerificationError
 from export.package.inspection import inspect_artifact
 from export.package.signing import sign
 from export.targets.onnx_graph import export_onnx
 from export.targets.tensorrt import CHUNK, build_tensorrt
 from export.verification.compare import Comparison, verify, worst
-from runtime.console import run
+from runtime.bench import BenchOptions, render
+from runtime.console import command, run
 from wm_models.shipped import TRAINED
 
 app = typer.Typer(
@@ -123,6 +126,15 @@ def inspect_command(directory: Directory) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+
+
+@command(app)
+def bench(directory: Directory, options: BenchOptions, baselines: BaselineOptions) -> None:
+    """Measure an artifact beside the floor of its linear layers and beside baselines."""
+    result = measure(directory, options, baselines)
+    render(result, report.table_rows(result), options.as_json)
+    if options.plot is not None:
+        report.plot(result, options.plot)
 
 
 def _print_verdict(verdict: Comparison) -> None:

@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from runtime.console import run
+from runtime.bench import BenchOptions, measure, plot, render, table_rows
+from runtime.console import command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
 from runtime.text.labels import label_scores
@@ -111,41 +112,13 @@ def classify(
         print(f"{engine.labels[index]}: {scores[index]:.4g}")
 
 
-@app.command()
-def bench(
-    directory: Directory,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A rival to run beside it: transformers, transformers-compiled, mobius-onnx, torch-compile; "
-            "may be repeated."
-        ),
-    ] = None,
-    prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
-    batch: Annotated[int, typer.Option(help="Decode in this many slots too.")] = 1,
-    backend: Backend = "auto",
-    provider: Provider = "cpu",
-    threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw decode tokens/s over context length into this file, .png for one.")
-    ] = None,
-) -> None:
-    """Measure start-up, prefill, decode and memory, beside the floor of the linear layers and beside rivals."""
-    from export.bench import report
-    from export.bench.measure import measure
-
-    if plot is not None:
-        report.check_plot(plot)
-    result = measure(
-        directory, against or [], prompt_length, new_tokens, rounds, threads, batch, backend, provider,
-        by_context=plot is not None,
-    )  # fmt: skip
-    report.render(result, as_json)
-    if plot is not None:
-        report.plot(result, plot)
+@command(app)
+def bench(directory: Directory, options: BenchOptions) -> None:
+    """Measure start-up, prefill, decode and memory. `wm-export bench` measures baselines beside them."""
+    result = measure(directory, options)
+    render(result, table_rows(result), options.as_json)
+    if options.plot is not None:
+        plot(result, options.plot)
 
 
 def _generate_file(

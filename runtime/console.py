@@ -6,15 +6,19 @@ A command ends with one line on stderr and an exit code. It shows a traceback on
 import inspect
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import click
+import rich.progress
 import typer
+from rich.console import Console
 
 T = TypeVar("T")
+DELAY = 5.0  # seconds before a progress bar shows
 
 
 def option(default: T, help: str, *, flag: str | None = None) -> T:
@@ -64,6 +68,37 @@ def _parameter(declared: Field[Any], kind: Any) -> inspect.Parameter:
     annotation = Annotated[kind, typer.Option(*([flag] if flag else []), help=declared.metadata["help"])]
     default = declared.default if declared.default_factory is MISSING else declared.default_factory()
     return inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+class Progress:
+    """A bar with the time left, on stderr where that is a terminal, for work that takes over `DELAY` seconds."""
+
+    def __init__(self, name: str) -> None:
+        console = Console(stderr=True)
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+        )
+        self._bar = rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(name, total=0, visible=False)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._bar.stop()
+
+    def expect(self, units: int) -> None:
+        """So many units of work are ahead, besides those that were expected before."""
+        self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) + units)
+
+    def advance(self) -> None:
+        """One unit of work is done."""
+        self._bar.update(self._task, advance=1, visible=time.monotonic() - self._started > DELAY)
 
 
 def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ()) -> None:

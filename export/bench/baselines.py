@@ -1,7 +1,7 @@
-"""What users have today, timed: `python -m export.bench.baselines NAME ARTIFACT REQUEST`, JSON in and out.
+"""Baselines, which users have today, timed: `python -m export.bench.baselines NAME ARTIFACT REQUEST`, JSON in and out.
 
-Weights do not change how long a step takes, so a rival gets random ones for the artifact's configuration. A run is
-greedy, of batch 1, and gives the time of each new token.
+Weights do not change how long a step takes, so a baseline gets random ones for the artifact's configuration. A run
+is greedy, of batch 1, and gives the time of each new token.
 
 B batch, S new tokens, C cache capacity, K key/value heads, d head size.
 """
@@ -24,9 +24,12 @@ import transformers
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
+from runtime.bench import PYTHON
 from wm_models import CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM
 
 Run = Callable[[torch.Tensor, int], list[float]]  # of a prompt (1, S): the seconds each new token took
+ADVANCED = "a run is done"  # the line that this program prints after each run that counts
+WARM_UP = 2  # runs that do not count: a prompt and a token compile apart, and a CUDA graph is recorded the second time
 
 
 class Failed(Exception):
@@ -110,7 +113,7 @@ def mobius_run(directory: Path, capacity: int, threads: int) -> Run:
         raise Failed("not installed: pip install mobius-onnx")
     with TemporaryDirectory() as root:
         _transformers_doge(directory).save_pretrained(f"{root}/checkpoint")
-        command = [sys.executable, "-m", "mobius", "build", "--config", f"{root}/checkpoint", f"{root}/graph"]
+        command = [*PYTHON, "-m", "mobius", "build", "--config", f"{root}/checkpoint", f"{root}/graph"]
         built = subprocess.run([*command, "--ep", "cpu"], capture_output=True, text=True, check=False)
         if built.returncode:
             raise Failed(f"its build failed: {_last_line(built.stderr)}")
@@ -156,7 +159,7 @@ def _transformers_doge(directory: Path) -> transformers.DogeForCausalLM:
     return transformers.DogeForCausalLM(transformers.DogeConfig.from_pretrained(directory)).float().eval()
 
 
-RIVALS: dict[str, Callable[[Path, int, int], Run]] = {
+BASELINES: dict[str, Callable[[Path, int, int], Run]] = {
     "transformers": transformers_run,
     "transformers-compiled": lambda *arguments: transformers_run(*arguments, compiled=True),
     "mobius-onnx": mobius_run,
@@ -168,13 +171,17 @@ def measure(name: str, directory: Path, request: dict[str, Any]) -> dict[str, An
     """Medians: seconds of a whole generation, and of a decode step in it and at each of the contexts asked for."""
     threads, (length, new_tokens) = request["threads"], (request["prompt_length"], request["new_tokens"])
     vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
-    run = RIVALS[name](directory, request["capacity"], threads)
+    run = BASELINES[name](directory, request["capacity"], threads)
     steps = request["context_steps"]
 
     def times(length: int, new_tokens: int, rounds: int) -> list[list[float]]:
         prompt = torch.randint(0, vocabulary, (1, length))
-        # A prompt and a token compile apart, and a CUDA graph is recorded the second time.
-        return [run(prompt, new_tokens) for _ in range(rounds + 2)][2:]
+        found = []
+        for index in range(rounds + WARM_UP):
+            found.append(run(prompt, new_tokens))
+            if index >= WARM_UP:
+                print(ADVANCED, flush=True)
+        return found[WARM_UP:]
 
     whole = times(length, new_tokens, request["rounds"])
     contexts = {context: times(context - steps, steps + 1, 1)[0] for context in request["contexts"]}
@@ -198,7 +205,7 @@ def main() -> None:
         answer = measure(name, directory, request)
     except Failed as error:
         answer = {"failed": str(error)}
-    except Exception as error:  # a rival may fail in any way, and the bench goes on
+    except Exception as error:  # a baseline may fail in any way, and the bench goes on
         answer = {"failed": f"{type(error).__name__}: {_last_line(str(error))}"}
     print(json.dumps(answer))
 

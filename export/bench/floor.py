@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from runtime.artifact.manifest import Artifact
 from runtime.backends.ort_cpu import cpu_session, state_bytes
@@ -26,8 +28,6 @@ class Linear(NamedTuple):
 
 def linear_layers(artifact: Artifact) -> list[Linear]:
     """Those of the graph that runs on a CPU, in its order; the last is the head."""
-    import onnx
-
     graph = onnx.load(artifact.path / artifact.graph.cpu_file, load_external_data=False).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
@@ -60,8 +60,6 @@ def _with_rows(artifact: Artifact, tokens: int) -> list[tuple[Linear, int]]:
 
 def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
     """A function that measures the rate of a float32 product with a square weight: operations a second."""
-    from onnx import TensorProto, helper, numpy_helper
-
     draw = np.random.default_rng(0)
     inside, outside = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "xy")
     weight = numpy_helper.from_array(draw.standard_normal((size, size), np.float32), "weight")
@@ -90,8 +88,6 @@ def linear_floor(
     quantised. The graph that they come from cannot beat that with these kernels: attention, norms and caches come on
     top.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
     draw, nodes, weights = np.random.default_rng(0), [], []
     inputs: dict[str, tuple[int, ...]] = {}
     outputs: dict[str, tuple[int, ...]] = {}
@@ -134,8 +130,6 @@ def linear_floor(
 
 def memory_bandwidth(size: int, threads: int | None) -> float:
     """Bytes/s that a product of one row with a matrix of `size` bytes reads, the fastest of several."""
-    from onnx import TensorProto, helper
-
     rows = 1024
     columns = max(size // (4 * rows), 1)
     graph = helper.make_graph(
@@ -178,8 +172,6 @@ def step_bytes(artifact: Artifact, context: int) -> int:
 
 
 def _session(graph: Any, threads: int | None) -> Any:
-    from onnx import helper
-
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return cpu_session(model, threads)

@@ -1,4 +1,4 @@
-"""Decode speed of the dense presets beside their floor and their rivals: one table, ratios from one run.
+"""Decode speed of the dense presets beside their floor and baselines: one table, ratios from one run.
 
 python tests/benchmarks/decode.py [PRESET …]        (default: doge-20m doge-60m doge-160m)
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-RIVALS = ("transformers", "mobius-onnx")
+BASELINES = ("transformers", "mobius-onnx")
 COLUMNS = (
-    "preset", "tokens/s", *(column for rival in RIVALS for column in (rival, "times")),
+    "preset", "tokens/s", *(column for name in BASELINES for column in (name, "times")),
     "decode steps/s", "floor", "share", "peak / weights",
 )  # fmt: skip
 
@@ -24,16 +24,15 @@ def measure(preset: str, root: Path) -> list[str]:
     artifact = str(root / preset)
     commands = Path(sys.executable).parent
     subprocess.run([commands / "wm-export", "onnx", preset, "--out", artifact], check=True)
-    against = [option for rival in RIVALS for option in ("--against", rival)]
+    against = [option for name in BASELINES for option in ("--against", name)]
     options = [*against, "--threads", "2", "--json"]
-    done = subprocess.run(
-        [commands / "wm-run", "bench", artifact, *options], check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = [commands / "wm-export", "bench", artifact, *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout)
     cells = [f"{result['generate_tokens_per_second']:.1f}"]
-    for name in RIVALS:
-        rival = result["rivals"][name]
-        rate, times = rival.get("generate_tokens_per_second"), rival.get("times_as_fast")
+    for name in BASELINES:
+        baseline = result["baselines"][name]
+        rate, times = baseline.get("generate_tokens_per_second"), baseline.get("times_as_fast")
         cells += ["-", "-"] if rate is None else [f"{rate:.1f}", f"{times:.2f}"]
     rates = (result["decode_tokens_per_second"], result["floor_steps_per_second"])
     shares = (result["share_of_floor"], result["peak_over_weights"])

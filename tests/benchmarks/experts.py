@@ -21,17 +21,17 @@ from wm_models.layers.experts import ExpertMLP, feed_forward
 HIDDEN, EXPERTS, PER_TOKEN = 1024, 16384, 64
 
 
-def fastest(rivals: dict[str, Callable[[], object]], seconds: float = 6.0) -> dict[str, float]:
-    """Milliseconds of CPU time of each rival's fastest call: what other work on the machine disturbs least.
+def fastest(runs: dict[str, Callable[[], object]], seconds: float = 6.0) -> dict[str, float]:
+    """Milliseconds of CPU time of each one's fastest call: what other work on the machine disturbs least.
 
-    The rivals take turns, on one thread: threads that wait for each other measure the machine's load.
+    They take turns, on one thread: threads that wait for each other measure the machine's load.
     """
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in rivals.values():
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(rivals))]) < 3:
-        for name, run in rivals.items():
+    while time.perf_counter() < end or len(times[next(iter(runs))]) < 3:
+        for name, run in runs.items():
             started = time.thread_time()
             run()
             times[name].append(time.thread_time() - started)

@@ -6,7 +6,7 @@ python tests/benchmarks/hybrid.py layers|models [--size 160m] [--root DIR] [--ex
 so that the step is that of its layers. `models`: the presets of both models with room for 16384 tokens, at several
 contexts. Artifacts that --root has already are not exported again. Float32, batch 1, prefill in chunks. A step at
 position P is the median of the steps before P, in CPU time of one thread, which other work on the machine disturbs
-least; rivals take turns in one process, and each peak is that of a fresh one.
+least; the artifacts take turns in one process, and each peak is that of a fresh one.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import manual_seed
 from export import export_onnx
 from export.verification.compare import worst
 from runtime import Engine, load
+from runtime.bench import PYTHON
 from wm_models import CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM, preset
 
 POSITIONS, CONTEXTS, LENGTH = (128, 512, 2048, 8192, 16384), (512, 2048, 8192), 16384
@@ -80,7 +81,7 @@ def peak_bytes(artifact: Path, position: int) -> int:
         f"    engine.prefill([[3] * min({CHUNK}, {position} - 1 - start)])\n"
         "engine.decode([3])\nprint(open('/proc/self/status').read())"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(artifact)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*PYTHON, "-c", code, str(artifact)], check=True, stdout=subprocess.PIPE, text=True)
     found = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)  # not ru_maxrss, which begins at the parent's size
     assert found
     return int(found[1]) * 1024

@@ -1,27 +1,28 @@
-"""What a bench compares with: rivals that are not there, and the bytes a step must read."""
+"""What a bench compares with: baselines that cannot run, and the bytes a step must read."""
 
 import pytest
 import torch
 
-from export.bench import baselines as rival
+from export.bench import baselines
 from export.bench.floor import linear_floor, linear_layers, linear_operations, step_bytes
-from export.bench.measure import measure
+from export.bench.measure import BaselineOptions, measure
 from export.source import load_model
 from runtime import load
+from runtime.bench import BenchOptions
 from wm_models.layers.attention import DMAttention
 
 
-def test_a_rival_that_cannot_run_is_a_line_of_the_result(exported):
+def test_a_baseline_that_cannot_run_is_a_line_of_the_result(exported):
     _, artifact, _ = exported("hybrid")
-    result = measure(artifact, ["transformers"], 8, 4, 1, 1)
-    assert result["rivals"] == {"transformers": {"failed": "transformers has no cheems"}}
+    result = measure(artifact, BenchOptions(8, 4, rounds=1, threads=1), BaselineOptions(["transformers"]))
+    assert result["baselines"] == {"transformers": {"failed": "transformers has no cheems"}}
     assert result["decode_tokens_per_second"] > 0
 
 
-def test_a_rival_that_is_not_installed_names_its_package(exported, monkeypatch):
-    monkeypatch.setattr(rival, "find_spec", lambda name: None)
-    with pytest.raises(rival.Failed, match="pip install mobius-onnx"):
-        rival.mobius_run(exported("dense")[1], 64, 1)
+def test_a_baseline_that_is_not_installed_names_its_package(exported, monkeypatch):
+    monkeypatch.setattr(baselines, "find_spec", lambda name: None)
+    with pytest.raises(baselines.Failed, match="pip install mobius-onnx"):
+        baselines.mobius_run(exported("dense")[1], 64, 1)
 
 
 @pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "fp16", "bf16", "int8", "int4"])
@@ -66,3 +67,12 @@ def test_the_bytes_of_a_step(exported, name):
                 states += width * state.numel() * kept // context
     found = step_bytes(load(exported(name)[1]).artifact, context)
     assert found == pytest.approx(width * numbers + states, rel=0.03)  # the files have constants too, and merged dt
+
+
+def test_a_baseline_is_not_taken_from_the_working_directory(exported, tmp_path, monkeypatch):
+    """Its process says why it cannot run, and does not import what lies where a person happens to be."""
+    for name in ("runtime", "export", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    result = measure(exported("hybrid")[1], BenchOptions(8, 4, rounds=1, threads=1), BaselineOptions(["transformers"]))
+    assert result["baselines"] == {"transformers": {"failed": "transformers has no cheems"}}

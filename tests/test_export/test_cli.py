@@ -52,9 +52,9 @@ def test_generate_verify_inspect_bench(artifact, tmp_path):
         "--plot",
         tmp_path / "bench.png",
     )
-    result = json.loads(command("runtime", "bench", artifact, *options).stdout)
-    assert result["rivals"]["transformers"]["times_as_fast"] > 0
-    for measured in (result["contexts"], result["bandwidth_limits"], result["rivals"]["transformers"]["contexts"]):
+    result = json.loads(command("export", "bench", artifact, *options).stdout)
+    assert result["baselines"]["transformers"]["times_as_fast"] > 0
+    for measured in (result["contexts"], result["bandwidth_limits"], result["baselines"]["transformers"]["contexts"]):
         assert list(measured) == ["128", "256", "300"]
         assert all(rate > 0 for rate in measured.values())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -83,9 +83,10 @@ def test_generate_verify_inspect_bench(artifact, tmp_path):
         ("runtime", ["generate", "ARTIFACT", "--prompt", "x " * 400], "300"),
         ("runtime", ["generate", "ARTIFACT", "--prompt", "x", "--top-p", "7"], "top_p"),
         ("runtime", ["generate", "ARTIFACT", "--prompt", ""], "empty"),
-        ("runtime", ["bench", "ARTIFACT", "--against", "nothing"], "transformers"),
+        ("export", ["bench", "ARTIFACT", "--against", "nothing"], "transformers"),
         ("runtime", ["bench", "ARTIFACT", "--prompt-length", "400"], "capacity"),
         ("runtime", ["bench", "ARTIFACT", "--plot", "/nowhere/bench.png"], "/nowhere/bench.png"),
+        ("export", ["bench", "ARTIFACT", "--prompt-length", "400"], "capacity"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(artifact, tmp_path, module, arguments, words):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from export import build_tensorrt
-from export.bench.measure import measure
+from export.bench.measure import BaselineOptions, measure
 from export.verification.compare import Case, compare, eager_logits, run_case
 from runtime import load
+from runtime.bench import BenchOptions
 from wm_models import create
 
 PRESET, LENGTH = "doge-20m", 1024
@@ -71,10 +72,10 @@ def test_decode_is_replayed_as_a_cuda_graph(artifact, report):
 
 def test_speed(artifact, report):
     """Batch 1, prompt 128, 128 new tokens: a figure for the report, and no limit."""
-    result = measure(artifact, ["torch-compile"], 128, 128, 5, None, backend="tensorrt")
+    result = measure(artifact, BenchOptions(backend="tensorrt"), BaselineOptions(["torch-compile"]))
     report(f"{result['dtype']}: decode, tokens/s", f"{result['decode_tokens_per_second']:.0f}")
-    rival = result["rivals"]["torch-compile"]
-    report(f"{result['dtype']}: times torch.compile's tokens/s", f"{rival['times_as_fast']:.2f}")
+    baseline = result["baselines"]["torch-compile"]
+    report(f"{result['dtype']}: times torch.compile's tokens/s", f"{baseline['times_as_fast']:.2f}")
 
 
 def test_memory_comes_back(artifact):

@@ -11,9 +11,9 @@ import transformers
 from conftest import ours, rival
 
 from export import export_onnx
-from export.bench.measure import measure
 from runtime import ArtifactError, RequestError, load
 from runtime.batch import classify_file, generate_file, generate_many, read_prompts
+from runtime.bench import BenchOptions, measure
 from runtime.text.labels import label_names, label_scores
 from wm_models import shipped_tokenizer
 
@@ -127,7 +127,7 @@ def test_it_writes_no_text(made, engine, tmp_path):
             ask()
     assert not out.exists()
     with pytest.raises(RequestError, match=r"is a classifier, .* bench measures a language model"):
-        measure(made / "artifact", [], 8, 8, 1, None)
+        measure(made / "artifact", BenchOptions(8, 8, rounds=1))
 
 
 def write(path, *lines):
