@@ -15,7 +15,7 @@ import numpy as np
 from runtime.engine import Engine
 from runtime.errors import RequestError
 from runtime.text.labels import label_scores
-from runtime.text.sampling import Sampler
+from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import encode
 
 ANSWERS = {"prompt": ("line", "new_ids", "text"), "text": ("line", "prediction")}  # names that are added, by the key
@@ -64,7 +64,7 @@ def generate_many(
                 if slot not in running and waiting:
                     prompt = waiting.pop()
                     draws = None if seed is None else seed + prompt.line
-                    running[slot] = _Sequence(prompt, Sampler(**sampling, seed=draws))
+                    running[slot] = _Sequence(prompt, Sampler(Sampling(**sampling, seed=draws)))
                     _take(engine, running[slot], engine.join(slot, prompt.ids), max_new_tokens, slot, done)
             if len(done) < len(running):
                 ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)

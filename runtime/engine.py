@@ -21,7 +21,7 @@ from runtime.backends.tensorrt import TensorRTSession, choose_engine
 from runtime.errors import ArtifactError, RequestError
 from runtime.host.lock import Exclusive, exclusive
 from runtime.text.labels import CONFIG, label_names
-from runtime.text.sampling import Sampler
+from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import encode, load_tokenizer, pieces, until
 
 BACKENDS = ("auto", "onnx", "tensorrt")
@@ -219,10 +219,10 @@ class Engine:
         """Ids to follow `ids`, one by one, in an engine that is reset for them.
 
         It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
-        `sampling`: the fields of `runtime.text.sampling.Sampler`. Raises `RequestError`.
+        `sampling`: the fields of `runtime.text.sampling.Sampling`. Raises `RequestError`.
         """
         self.check_task(classifies=False)
-        sampler = Sampler(**sampling)
+        sampler = Sampler(Sampling(**sampling))
         if max_new_tokens < 0:
             raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
         self.check_prompt(ids)
@@ -240,13 +240,13 @@ class Engine:
                 else:
                     self.check_held(held)
                 # a greedy choice is made where the logits are
-                found = self.append(np.array([new]), argmax=sampler.greedy)
+                found = self.append(np.array([new]), argmax=sampler.sampling.greedy)
                 held = self.held
-                if not (found[0] >= 0 if sampler.greedy else np.isfinite(found).all()):
+                if not (found[0] >= 0 if sampler.sampling.greedy else np.isfinite(found).all()):
                     raise RequestError(
                         f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
                     )
-                token = int(found[0] if sampler.greedy else sampler(found, [seen])[0])
+                token = int(found[0] if sampler.sampling.greedy else sampler(found, [seen])[0])
             if token in ends:
                 return
             seen.append(token)

@@ -25,7 +25,7 @@ import torch
 
 from runtime import Engine
 from runtime.artifact.manifest import INPUTS
-from runtime.text.sampling import Sampler
+from runtime.text.sampling import Sampler, Sampling
 
 BITS = {"int8": 8, "int4": 4}
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
@@ -44,7 +44,7 @@ def written_text(engine: Engine, length: int = 256, seed: int = 0) -> np.ndarray
 
     A classifier writes nothing: all of its ids are drawn.
     """
-    rows, sampler = engine.graph.max_batch, Sampler(temperature=1.0, seed=seed)
+    rows, sampler = engine.graph.max_batch, Sampler(Sampling(temperature=1.0, seed=seed))
     length, draw = min(length, engine.graph.max_length), np.random.default_rng(seed)
     if engine.labels:
         return draw.integers(0, engine.graph.vocabulary, (rows, length))

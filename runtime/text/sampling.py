@@ -4,7 +4,7 @@ B batch, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,14 +13,14 @@ from runtime.errors import RequestError
 LARGEST = 1e300  # where penalised logits end, so that their differences are finite
 
 
-@dataclass
-class Sampler:
-    """Repetition penalty, temperature, top-k, top-p, in this order, as transformers' processors define them.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: repetition penalty, temperature, top-k, top-p, in this order.
 
-    `temperature` 0 takes the largest logit, the first of equals; `top_k` 0 or above V and `top_p` 1 keep every token,
-    `top_p` 0 the argmax alone; tokens that tie with the k-th are kept too; a `repetition_penalty` above 1 makes
-    tokens that occurred less likely; `seed` makes the draws repeatable. Raises `RequestError` for other values, and
-    for logits of which the largest is not finite.
+    `temperature` 0 takes the largest logit, the first of equals. `top_k` 0 or above V and `top_p` 1 keep every token,
+    `top_p` 0 the argmax alone; tokens that tie with the k-th are kept too. A `repetition_penalty` above 1 makes tokens
+    that occurred less likely. `seed` makes the draws repeatable. Each is defined as in transformers' processors. Raises
+    `RequestError` for other values.
     """
 
     temperature: float = 0.0
@@ -28,7 +28,6 @@ class Sampler:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    draw: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -41,42 +40,52 @@ class Sampler:
             raise RequestError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0, 1 for none")
         if self.seed is not None and (not isinstance(self.seed, int | np.integer) or self.seed < 0):
             raise RequestError(f"seed is {self.seed}; expected 0 or more, or none")
-        self.draw = np.random.default_rng(self.seed)
 
     @property
     def greedy(self) -> bool:
         """Whether the next token is simply the one with the largest logit."""
         return self.temperature == 0.0 and self.repetition_penalty == 1.0
 
+
+class Sampler:
+    """Chooses one sequence's tokens as `sampling` says, with draws of its own.
+
+    Raises `RequestError` for logits of which the largest is not finite.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self.draw = np.random.default_rng(sampling.seed)
+
     def __call__(self, logits: np.ndarray, seen: Sequence[Sequence[int]]) -> np.ndarray:
         """The next ids (B,), int64, from logits (B, V), float32, and the ids so far of each row."""
         return np.array([self._one(row, ids) for row, ids in zip(logits, seen, strict=True)], np.int64)
 
     def _one(self, logits: np.ndarray, seen: Sequence[int]) -> int:
-        best = int(logits.argmax())  # of a NaN, where there is one
+        how, best = self.sampling, int(logits.argmax())  # of a NaN, where there is one
         if not np.isfinite(logits[best]):
             raise RequestError(f"the largest logit is {logits[best]}; the weights or the dtype overflow")
-        if self.greedy:
+        if how.greedy:
             return best
         scores = logits.astype(np.float64)
-        if self.repetition_penalty != 1.0 and len(seen):
+        if how.repetition_penalty != 1.0 and len(seen):
             ids = np.unique(np.asarray(seen))
             values = scores[ids]
             with np.errstate(over="ignore"):
-                values = np.where(values > 0, values / self.repetition_penalty, values * self.repetition_penalty)
+                values = np.where(values > 0, values / how.repetition_penalty, values * how.repetition_penalty)
             scores[ids] = values.clip(-LARGEST, LARGEST)
-        if self.temperature == 0.0:
+        if how.temperature == 0.0:
             return int(scores.argmax())
         with np.errstate(over="ignore"):  # a tiny temperature leaves the argmax alone
-            scaled = (scores - scores.max()) / self.temperature
-        if 0 < self.top_k < scaled.size:
-            scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
+            scaled = (scores - scores.max()) / how.temperature
+        if 0 < how.top_k < scaled.size:
+            scaled[scaled < np.partition(scaled, -how.top_k)[-how.top_k]] = -np.inf
         weights = np.exp(scaled)
-        if self.top_p < 1.0:
+        if how.top_p < 1.0:
             order = np.argsort(-weights, kind="stable")
             total = np.cumsum(weights[order])
             # the fewest most likely tokens that reach top_p, and at least one
-            weights[order[1:][total[:-1] >= self.top_p * total[-1]]] = 0.0
+            weights[order[1:][total[:-1] >= how.top_p * total[-1]]] = 0.0
         total = np.cumsum(weights)
         # below the total, or rounding could draw past the last token that has a weight
         drawn = min(self.draw.random() * total[-1], np.nextafter(total[-1], 0.0))

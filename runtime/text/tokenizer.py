@@ -31,40 +31,78 @@ def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list
     return tokenizer.encode(prompt).ids
 
 
-def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as its ids arrive; a character whose bytes are not all there yet is held back."""
-    held: list[int] = []
-    said = ""
-    for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
+class TextStream:
+    """Text of ids that arrive one by one; a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._said = tokenizer, ""
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this id and was not before."""
+        self._held.append(token)
+        text = self._tokenizer.decode(self._held)
         if text.endswith(UNFINISHED):
-            continue
-        if len(text) > len(said):
-            yield text[len(said) :]
+            return ""
+        new = text[len(self._said) :]
         # Keep one token of context: how a token is spelt can depend on the one before it.
-        held = held[-1:]
-        said = tokenizer.decode(held)
-    text = tokenizer.decode(held) if held else ""
-    if len(text) > len(said):
-        yield text[len(said) :]
+        self._held = self._held[-1:]
+        self._said = self._tokenizer.decode(self._held)
+        return new
+
+    def finish(self) -> str:
+        """What is held back, when no more ids come."""
+        text = self._tokenizer.decode(self._held) if self._held else ""
+        return text[len(self._said) :]
+
+
+class StopStrings:
+    """Text before the first of `stops`, which may lie across pieces; what could begin one is held back.
+
+    `found`: whether one was there. Raises `RequestError` for an empty stop.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        if any(not stop for stop in stops):
+            raise RequestError("a stop string is empty; expected at least one character")
+        self.stops, self.found, self._held = stops, False, ""
+
+    def push(self, text: str) -> str:
+        """The text that is certain with this piece and was not before; none after a stop."""
+        if not self.stops or self.found:
+            return "" if self.found else text
+        held = self._held + text
+        starts = [at for at in (held.find(stop) for stop in self.stops) if at >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return held[: min(starts)]
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """What is held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The pieces of text of a `TextStream` over `ids`."""
+    stream = TextStream(tokenizer)
+    for token in ids:
+        if text := stream.push(token):
+            yield text
+    if text := stream.finish():
+        yield text
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text before the first of `stops`; what could be a stop's beginning is held back until it is known."""
-    if any(not stop for stop in stops):
-        raise RequestError("a stop string is empty; expected at least one character")
-    held = ""
+    """`texts` up to the first of `stops`."""
+    found = StopStrings(stops)
     for text in texts:
-        held += text
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
-        if found:
-            if min(found):
-                yield held[: min(found)]
+        if new := found.push(text):
+            yield new
+        if found.found:
             return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+    if text := found.finish():
+        yield text

@@ -19,7 +19,7 @@ from transformers.generation import logits_process as processors
 from export import export_onnx
 from runtime import ArtifactError, RequestError, load
 from runtime.backends.ort_cpu import _move_apart
-from runtime.text.sampling import Sampler
+from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import pieces, until
 from wm_models import DogeForCausalLM, shipped_tokenizer
 
@@ -203,7 +203,7 @@ def test_sampler_draws_from_transformers_distribution(seed, temperature, top_k, 
     if top_p < 1:
         chain.append(processors.TopPLogitsWarper(top_p))
     shares = chain(torch.from_numpy(seen)[None], torch.from_numpy(logits)).softmax(-1)[0].numpy()
-    sampler = Sampler(temperature, top_k, top_p, penalty, seed)
+    sampler = Sampler(Sampling(temperature, top_k, top_p, penalty, seed))
     found = np.bincount([int(sampler(logits, [seen.tolist()])[0]) for _ in range(2000)], minlength=40) / 2000
     assert not found[shares == 0].any()
     assert np.abs(found - shares).max() < 0.06
@@ -214,7 +214,7 @@ def test_sampler_draws_from_transformers_distribution(seed, temperature, top_k, 
 )
 def test_sampling_errors(options):
     with pytest.raises(RequestError, match=next(iter(options))):
-        Sampler(**options)
+        Sampling(**options)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from export import ExportError, export_onnx
 from runtime import RequestError, load
-from runtime.text.sampling import Sampler
+from runtime.text.sampling import Sampler, Sampling
 from test_trust.samples import make_checkpoint
 from wm_models import DogeForCausalLM
 
@@ -91,7 +91,7 @@ LOGITS = np.array([[1.0, 3.0, 2.0, -4.0, 3.0]], np.float32)
 
 
 def draws(count=300, logits=LOGITS, **options):
-    sampler = Sampler(seed=0, **options)
+    sampler = Sampler(Sampling(seed=0, **options))
     return {int(sampler(logits, [[]])[0]) for _ in range(count)}
 
 
@@ -121,7 +121,7 @@ def test_edges_of_sampling(options, expected):
 def test_penalties_saturate(penalty):
     logits = np.array([[5.0, -5.0, 1.0]], np.float32)
     for temperature in (0.0, 1.0):
-        token = int(Sampler(temperature, repetition_penalty=penalty, seed=0)(logits, [[0, 1]])[0])
+        token = int(Sampler(Sampling(temperature, repetition_penalty=penalty, seed=0))(logits, [[0, 1]])[0])
         assert token == (0 if penalty < 1 else 2)
 
 
@@ -132,7 +132,7 @@ def test_penalties_saturate(penalty):
 )  # fmt: skip
 def test_values_outside_are_refused(options):
     with pytest.raises(RequestError, match=next(iter(options))):
-        Sampler(**options)
+        Sampling(**options)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -141,9 +141,9 @@ def test_logits_that_cannot_be_drawn_from(value, temperature):
     logits = LOGITS.copy()
     logits[0, 3] = value
     with pytest.raises(RequestError, match="logit"):
-        Sampler(temperature)(logits, [[]])
+        Sampler(Sampling(temperature))(logits, [[]])
     with pytest.raises(RequestError, match="logit"):
-        Sampler(temperature)(np.full_like(LOGITS, -math.inf), [[]])
+        Sampler(Sampling(temperature))(np.full_like(LOGITS, -math.inf), [[]])
 
 
 @pytest.mark.filterwarnings("error")
@@ -158,7 +158,7 @@ def test_logits_that_cannot_be_drawn_from(value, temperature):
 )
 def test_a_token_is_always_one_that_may_be_drawn(values, temperature, top_k, top_p, penalty, seed):
     logits = np.array([values], np.float32)
-    token = int(Sampler(temperature, top_k, top_p, penalty, seed)(logits, [[0]])[0])
+    token = int(Sampler(Sampling(temperature, top_k, top_p, penalty, seed))(logits, [[0]])[0])
     assert 0 <= token < len(values)
     if penalty == 1.0 and 0 < top_k < len(values):
         assert (logits[0] > logits[0, token]).sum() < top_k
