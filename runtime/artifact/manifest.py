@@ -141,7 +141,7 @@ class File:
 class Artifact:
     """A checked artifact: every listed file has the size and the hash that the manifest gives.
 
-    `manifest` is the manifest's text, `texts` that of the other JSON files, as they were when they were checked.
+    `manifest` is the manifest's text, `texts` that of the other JSON files and of templates, as they were when checked.
     """
 
     path: Path
@@ -226,7 +226,7 @@ def _read_all_but_weights(
         weights |= _check_graph(directory / name, _checked_text(directory / name, files[name]), graph, files)
     texts = {}
     for name, file in files.items():
-        if name.endswith(".json"):
+        if name.endswith((".json", ".jinja")):
             texts[name] = _checked_text(directory / name, file)
         elif name not in weights:
             _check_hash(directory / name, file)
