@@ -1,5 +1,7 @@
 """Doge and Cheems, the language models of the "Wonderful Matrices" paper (arXiv 2412.11834), written for compilers."""
 
+from importlib.metadata import version
+
 from wm_models.checkpoint.loader import CheckpointError
 from wm_models.cheems import CheemsForCausalLM, CheemsModel
 from wm_models.configuration import CheemsConfig, DogeConfig
@@ -9,6 +11,8 @@ from wm_models.layers.ssd import SSD
 from wm_models.paper import CDMoE, DMAttn
 from wm_models.presets import PRESETS, create, preset
 from wm_models.shipped import shipped_checkpoint, shipped_tokenizer
+
+__version__ = version("wm-models")
 
 __all__ = [
     "PRESETS",

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def describe(
         for value in graph.graph.inputs
         if value.name not in input_names(window)
     ]
-    packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu")
+    packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", *packages_distributions()["onnxruntime"])
     return {
         "schema": SCHEMA,
         "producer": {name: version(name) for name in packages},

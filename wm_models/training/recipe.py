@@ -1,11 +1,11 @@
 """Everything that decides what a training run computes, as a TOML file and in Python."""
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import tomli
 import tomli_w
 
 from wm_models.training.errors import TrainingError
@@ -78,7 +78,7 @@ class Recipe:
                 names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
                 raise TrainingError(f"{source}: no recipe of that name; expected a .toml file or one of {names}")
         try:
-            values = tomli.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise TrainingError(f"{path}: is no TOML: {error}") from error
         if unknown := values.keys() - {item.name for item in fields(cls)}:

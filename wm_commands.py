@@ -1,0 +1,46 @@
+"""The console commands wm-run, wm-export and wm-train: each says which extra is missing before it imports its code."""
+
+import sys
+from importlib.util import find_spec
+
+# The modules that each extra of pyproject.toml brings, by their import names. cpu stands for gpu too.
+CPU = ("onnxruntime",)
+MODELS = ("einx", "huggingface_hub", "safetensors", "torch", "transformers")
+EXTRAS = {
+    "cpu": CPU,
+    "export": (*MODELS, "matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"),
+    "train": (*MODELS, "accelerate", "datasets", "matplotlib", "pyarrow", "tensorboard", "tomli_w"),
+}
+
+
+def wm_run() -> None:
+    _require("wm-run", "cpu")
+    from runtime.cli import main
+
+    main()
+
+
+def wm_export() -> None:
+    _require("wm-export", "export", "cpu")
+    from export.cli import main
+
+    main()
+
+
+def wm_train() -> None:
+    _require("wm-train", "train", "cpu")
+    from wm_models.training.cli import main
+
+    main()
+
+
+def _require(command: str, *extras: str) -> None:
+    """Leave with exit code 2 and one line where a package of the extras is not installed."""
+    missing = [extra for extra in extras if not all(map(find_spec, EXTRAS[extra]))]
+    if not missing:
+        return
+    absent = [name for extra in missing for name in EXTRAS[extra] if find_spec(name) is None]
+    gpu = ", or gpu in place of cpu for an NVIDIA GPU" if "cpu" in missing else ""
+    install = f"pip install 'wm-models[{','.join(missing)}]'{gpu}"
+    print(f"{command}: error: not installed: {', '.join(absent)}; install with {install}", file=sys.stderr)
+    sys.exit(2)
