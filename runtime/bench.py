@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from runtime.backends.registry import AUTO, backend_names
 from runtime.console import Progress, option
 from runtime.engine import load
 from runtime.errors import RequestError
@@ -44,8 +45,8 @@ class BenchOptions:
     new_tokens: int = option(128, "Tokens to generate.")
     rounds: int = option(5, "Measurements; the median counts.")
     batch: int = option(1, "Decode in this many slots too.")
-    backend: str = option("auto", "auto, onnx (ONNX Runtime), or tensorrt (the artifact's engine).")
-    provider: str = option("cpu", "What ONNX Runtime computes on: auto, cpu, cuda or tensorrt.")
+    backend: str = option(AUTO, f"What to run on: {', '.join(backend_names())}.")
+    device: int | None = option(None, "The GPU's index. Default: the first.")
     threads: int | None = option(None, "Threads to compute with. Default: the physical cores.")
     as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
     plot: Path | None = option(None, "Draw decode tokens/s over context length into this file, .png for one.")
@@ -59,7 +60,7 @@ class Bench:
         if options.plot is not None:
             check_plot(options.plot)
         started = time.perf_counter()
-        self.engine = load(directory, options.backend, provider=options.provider, threads=options.threads)
+        self.engine = load(directory, options.backend, device=options.device, threads=options.threads)
         self.load_seconds = time.perf_counter() - started
         self.directory, self.options, self.progress = directory, options, progress
         if self.engine.labels:
@@ -177,7 +178,7 @@ def fresh_process(result: Result, options: BenchOptions) -> Result:
     """A new process's seconds to load and to load and give the first token, and its largest resident size."""
     code = (
         "import sys, time\nfrom runtime import load\nstarted = time.perf_counter()\n"
-        f"engine = load(sys.argv[1], 'onnx', threads={options.threads!r})\nloaded = time.perf_counter() - started\n"
+        f"engine = load(sys.argv[1], 'cpu', threads={options.threads!r})\nloaded = time.perf_counter() - started\n"
         f"engine.prefill([[0] * {min(FIRST_PROMPT, options.prompt_length)}])\nfirst = time.perf_counter() - started\n"
         f"engine.reset()\nengine.prefill([[0] * {options.prompt_length}])\nengine.decode([0])\n"
         "print(loaded, first, open('/proc/self/status').read())"

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from runtime.backends.registry import backend_names
 from runtime.bench import BenchOptions, measure, plot, render, table_rows
 from runtime.console import command, run
 from runtime.engine import Engine, load
@@ -17,8 +18,8 @@ from runtime.text.labels import label_scores
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
 PublicKey = Annotated[Path | None, typer.Option(help="Load only what the holder of this Ed25519 key (PEM) signed.")]
-Backend = Annotated[str, typer.Option(help="auto, onnx (ONNX Runtime), or tensorrt (the artifact's engine).")]
-Provider = Annotated[str, typer.Option(help="What ONNX Runtime computes on: auto, cpu, cuda or tensorrt.")]
+Backend = Annotated[str, typer.Option(help=f"What to run on: {', '.join(backend_names())}.")]
+Device = Annotated[int | None, typer.Option(help="The GPU's index. Default: the first.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with. Default: the physical cores.")]
 Unverified = Annotated[bool, typer.Option("--allow-unverified", help="Load what failed its checks.")]
 
@@ -43,7 +44,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     backend: Backend = "auto",
-    provider: Provider = "cpu",
+    device: Device = None,
     threads: Threads = None,
     public_key: PublicKey = None,
     allow_unverified: Unverified = False,
@@ -56,7 +57,7 @@ def generate(
     if prompts is not None and stop:
         raise RequestError("--stop is for --prompt; with --prompts, cut the texts afterwards")
     engine = load(
-        directory, backend, provider=provider, threads=threads, allow_unverified=allow_unverified, public_key=public_key
+        directory, backend, device=device, threads=threads, allow_unverified=allow_unverified, public_key=public_key
     )
     engine.check_task(classifies=False)
     sampling = {
@@ -89,7 +90,7 @@ def classify(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The JSONL file for --texts; what it has is not done again.")] = None,
     backend: Backend = "auto",
-    provider: Provider = "cpu",
+    device: Device = None,
     threads: Threads = None,
     public_key: PublicKey = None,
     allow_unverified: Unverified = False,
@@ -100,7 +101,7 @@ def classify(
     if (texts is None) != (out is None):
         raise RequestError("expected --texts and --out together")
     engine = load(
-        directory, backend, provider=provider, threads=threads, allow_unverified=allow_unverified, public_key=public_key
+        directory, backend, device=device, threads=threads, allow_unverified=allow_unverified, public_key=public_key
     )
     engine.check_task(classifies=True)
     if texts is not None and out is not None:

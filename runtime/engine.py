@@ -13,65 +13,43 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.artifact.manifest import Artifact, open_artifact
-from runtime.backends.cuda import Device, gpu_count
-from runtime.backends.gpu_session import GpuSession
-from runtime.backends.ort_cpu import OnnxSession
-from runtime.backends.ort_gpu import OnnxGpuSession, choose_provider
-from runtime.backends.tensorrt import TensorRTSession, choose_engine
+from runtime.backends.base import Options, Session
+from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
 from runtime.host.lock import Exclusive, exclusive
 from runtime.text.labels import CONFIG, label_names
 from runtime.text.sampling import Sampler, Sampling
 from runtime.text.tokenizer import encode, load_tokenizer, pieces, until
 
-BACKENDS = ("auto", "onnx", "tensorrt")
-Session = OnnxSession | GpuSession
-
 
 def load(
     directory: str | PathLike[str],
-    backend: str = "auto",
+    backend: str = AUTO,
     *,
-    provider: str = "cpu",
+    device: int | None = None,
     threads: int | None = None,
     allow_unverified: bool = False,
     public_key: str | PathLike[str] | bytes | None = None,
 ) -> "Engine":
     """Load an artifact directory.
 
-    `backend`: "onnx" (ONNX Runtime), "tensorrt", or "auto": TensorRT where the artifact has an engine for the release
-    that is installed and there is a GPU, else ONNX Runtime. `provider`: what ONNX Runtime computes on, "cpu", "cuda",
-    "tensorrt", or "auto" for a GPU where there is all that it needs. `threads` to compute with (default: the physical
-    cores). With `public_key`, an Ed25519 key's PEM file or its bytes, only what its holder signed is loaded. Raises
-    `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that does not
-    fit this machine, `RequestError` for a GPU that is not there, ValueError for an unknown backend.
+    `backend`: "cpu" (ONNX Runtime), "cuda" and "ort-tensorrt" (ONNX Runtime on a GPU), "tensorrt" (an engine in the
+    artifact), or "auto": the first in `runtime.backends.registry.BACKENDS` for which nothing is missing. A backend
+    asked for by name is used, or refused with what is missing. `device`: the index of the GPU, 0 for the first; refused
+    with a backend that has none. `threads`: threads of the CPU (default: the physical cores). `public_key`: an Ed25519
+    key's PEM file or its bytes; only what its holder signed is loaded.
+
+    Raises `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that
+    does not fit the GPU; `RequestError` for a backend that is unknown or cannot run here and for other wrong arguments.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; expected at least 1")
+        raise RequestError(f"threads is {threads}; expected at least 1")
+    if device is not None and device < 0:
+        raise RequestError(f"device is {device}; expected 0 or more")
     with open_artifact(Path(directory), allow_unverified, public_key) as artifact:
-        session = _session(artifact, backend, provider, threads)
+        session = choose_backend(artifact, backend, device).open(artifact, Options(threads, device or 0))
     return Engine(artifact, session)
-
-
-def _session(artifact: Artifact, backend: str, provider: str, threads: int | None) -> Session:
-    if backend == "auto":
-        backend = "tensorrt" if gpu_count() and _has_engine(artifact) else "onnx"
-    if backend == "tensorrt":
-        return TensorRTSession(artifact, choose_engine(artifact), Device())
-    provider = choose_provider(provider)
-    if provider != "cpu":
-        return OnnxGpuSession(artifact, provider, Device(), threads)
-    return OnnxSession(artifact, threads)
-
-
-def _has_engine(artifact: Artifact) -> bool:
-    try:
-        choose_engine(artifact)
-    except ArtifactError:
-        return False
-    return True
 
 
 class Engine:

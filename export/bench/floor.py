@@ -12,7 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.artifact.manifest import Artifact
-from runtime.backends.ort_cpu import cpu_session, state_bytes
+from runtime.backends.arrays import state_bytes
+from runtime.backends.ort_cpu import cpu_session
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 

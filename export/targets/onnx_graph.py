@@ -131,7 +131,7 @@ def _quantized(
     manifest = describe(graph, config, 0, dtype="float32", **{**sizes, "max_batch": ROWS})
     write_manifest(exact, manifest, verified=False)
     stage("writing text with the float32 model")
-    text = written_text(load(exact, allow_unverified=True), LENGTH) if bits < 8 else None
+    text = written_text(load(exact, "cpu", allow_unverified=True), LENGTH) if bits < 8 else None
     stage("quantising")
     return quantize_graph(exact, manifest["graph"]["file"], bits, block_size or LARGEST[bits], text)
 

@@ -309,7 +309,7 @@ def check_quantized(directory: Path, model: DecoderWithHead, report: Callable[[C
 
     A classifier writes none, and reads other random ids than it was calibrated on.
     """
-    engine = load(directory, allow_unverified=True)
+    engine = load(directory, "cpu", allow_unverified=True)
     graph, text = engine.graph, None if engine.labels else written_text(engine)
     # four bits are calibrated with the model's own A, and lose more with another
     in_sight = graph.quantization == "int8"

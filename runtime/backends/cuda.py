@@ -45,9 +45,10 @@ class Device:
     """
 
     def __init__(self, index: int = 0):
+        self.index = index
         self.driver: Any = start_driver()
         count = int(self._call("cuDeviceGetCount", self.driver.cuDeviceGetCount()))
-        if index >= count:
+        if not 0 <= index < count:
             raise RequestError(f"GPU {index} is asked for; the driver shows {count}")
         self.device = self._call("cuDeviceGet", self.driver.cuDeviceGet(index))
         self.context = self._call("cuDevicePrimaryCtxRetain", self.driver.cuDevicePrimaryCtxRetain(self.device))

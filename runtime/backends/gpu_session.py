@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.artifact.manifest import Artifact, State
+from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, state_bytes, widened
 from runtime.backends.cuda import Device
 from runtime.backends.eviction import Eviction
-from runtime.backends.ort_cpu import STORAGE, argmax_ids, last_rows, state_bytes, widened
 from runtime.errors import RequestError
 
 INT64 = 8  # bytes
@@ -166,9 +166,13 @@ class GpuSession:
         return [((batch, length), start), *lengths]
 
     def release(self) -> None:
-        """Give all memory back."""
+        """Free the caches and the buffers of a step; `allocate` makes others."""
         for address in self.addresses.values():
             self.device.free(address)
         for array in self.host.values():
             self.device.free_host(array)
         self.addresses, self.host, self.batch, self.capacity = {}, {}, 0, 0
+
+    def close(self) -> None:
+        """Give all memory back; the session cannot be used again."""
+        self.release()

@@ -5,21 +5,36 @@ B batch, S new tokens, C cache capacity, V vocabulary.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from runtime.artifact.manifest import ELEMENTS, Artifact, State
+from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, state_bytes, widened
+from runtime.backends.base import Options
 from runtime.backends.eviction import Eviction
+from runtime.backends.ort import MISSING, first_line, import_onnxruntime, session_options
 from runtime.errors import ArtifactError
 from runtime.host.denormals import flushed_denormals
 from runtime.host.memory import check_memory, use_huge_pages
 
-STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 ALIGNMENT = 64  # bytes, a line of a processor's cache
+
+
+class CpuBackend:
+    """ONNX Runtime on the CPU: what every artifact can run on."""
+
+    name = "cpu"
+    has_devices = False
+
+    def missing(self, artifact: Artifact) -> str | None:
+        return None if find_spec("onnxruntime") else MISSING
+
+    def open(self, artifact: Artifact, options: Options) -> "OnnxSession":
+        return OnnxSession(artifact, options.threads)
 
 
 class OnnxSession:
@@ -38,7 +53,7 @@ class OnnxSession:
         self.artifact, self.graph = artifact, artifact.graph
         path = artifact.path / self.graph.cpu_file
         try:
-            self.session = cpu_session(path, threads)
+            self.session: Any = cpu_session(path, threads)
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         self.chunk = self.graph.chunk
@@ -111,6 +126,11 @@ class OnnxSession:
         lengths = self.eviction.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
         return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
 
+    def close(self) -> None:
+        """Give all memory back; the session cannot be used again."""
+        self.session, self._bindings = None, {}
+        self.memory, self.caches, self.batch, self.capacity, self.reserved = [], [], 0, 0, 0
+
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
         return nullcontext(self.caches[self.graph.states.index(state)][slot])
 
@@ -153,45 +173,16 @@ class OnnxSession:
         self.capacity, self._bindings = capacity, {}
 
 
-def session_options(threads: int | None) -> Any:
-    """ONNX Runtime's options for `threads`, None for its own choice."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is in the exceptions
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
-
-
 def cpu_session(model: Path | bytes, threads: int | None) -> Any:
     """ONNX Runtime's session on the CPU with `threads`, None for its own choice; its weights move into huge pages."""
     options = session_options(threads)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
     with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        session = import_onnxruntime().InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     use_huge_pages()
     return session
-
-
-def state_bytes(state: State, batch: int, rows: int) -> int:
-    """Bytes of a cache for `batch` slots of `rows` rows."""
-    return prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize
-
-
-def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
-    """Logits that numpy can compute with: it knows no bfloat16, whose bits are the upper half of a float32's."""
-    return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
-
-
-def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
-    """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
-    if rows.shape[1] == 1:
-        return rows[:, 0]
-    return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
-
-
-def argmax_ids(logits: np.ndarray) -> np.ndarray:
-    """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
-    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
 
 
 def _move_apart(flat: np.ndarray, heads: int, old: int, new: int) -> None:
@@ -203,11 +194,6 @@ def _move_apart(flat: np.ndarray, heads: int, old: int, new: int) -> None:
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:
     bind(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
-
-
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says, of which the rest is where in its sources it said so."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _buffers(states: Sequence[State], batch: int, rows: int) -> list[np.ndarray]:

@@ -9,38 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from runtime.artifact.manifest import ELEMENTS, Artifact, Graph
+from runtime.backends.arrays import STORAGE
+from runtime.backends.base import Options
 from runtime.backends.cuda import Device, start_driver
 from runtime.backends.gpu_session import GpuSession
-from runtime.backends.ort_cpu import STORAGE, first_line, session_options
+from runtime.backends.ort import MISSING, first_line, import_onnxruntime, session_options
 from runtime.errors import ArtifactError, RequestError
 
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-PROVIDERS = ("auto", "cpu", *NAMES)
 CHUNK = 512  # of the TensorRT provider, whose engine wants a largest step
-
-
-def choose_provider(provider: str) -> str:
-    """ "cpu", "cuda" or "tensorrt". Raises `RequestError` where what was named cannot run here, saying what is missing.
-
-    "auto" is "cuda" where nothing is missing for it, else "cpu": only who leaves the choice open gets another one.
-    """
-    if provider not in PROVIDERS:
-        raise RequestError(f"provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-    if provider == "auto":
-        return "cpu" if missing("cuda") else "cuda"
-    if provider != "cpu" and (reason := missing(provider)):
-        raise RequestError(f"--provider {provider}: {reason}; --provider auto takes what there is")
-    return provider
 
 
 def missing(provider: str) -> str | None:
     """What this machine lacks for a GPU provider, or None: its ONNX Runtime, the driver, a GPU, or a library."""
+    try:
+        onnxruntime = import_onnxruntime()
+    except RequestError:
+        return MISSING
     version = onnxruntime.__version__
     if NAMES[provider] not in onnxruntime.get_available_providers():
-        return f"ONNX Runtime {version} is a build without {NAMES[provider]}; install onnxruntime-gpu"
+        return f"ONNX Runtime {version} is a build without {NAMES[provider]}; run pip install 'wm-models[gpu]'"
     try:
         driver = start_driver()
     except RequestError as error:
@@ -57,9 +47,12 @@ def missing(provider: str) -> str | None:
     return None
 
 
-def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, str]]]:
-    """The providers in the order in which they may take nodes, with their options."""
-    options: list[tuple[str, dict[str, str]]] = [(NAMES["cuda"], {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+def provider_options(provider: str, graph: Graph, device: int = 0) -> list[tuple[str, dict[str, str]]]:
+    """The providers in the order in which they may take nodes, with their options, all on one card."""
+    card = {"device_id": str(device)}
+    options: list[tuple[str, dict[str, str]]] = [
+        (NAMES["cuda"], {"use_tf32": "0", **card}), ("CPUExecutionProvider", {}),
+    ]  # fmt: skip
     if provider == "tensorrt":
         bounds = {}
         for name, batch, length in (("min", 1, 1), ("opt", 1, 1), ("max", graph.max_batch, _chunk(graph))):
@@ -74,12 +67,38 @@ def provider_options(provider: str, graph: Graph) -> list[tuple[str, dict[str, s
             "trt_timing_cache_enable": "1",
             "trt_engine_cache_path": str(Path.home() / ".cache" / "wm-models" / "tensorrt"),
         }
-        options.insert(0, (NAMES["tensorrt"], {**bounds, **kept}))
+        options.insert(0, (NAMES["tensorrt"], {**bounds, **kept, **card}))
     return options
 
 
 def _chunk(graph: Graph) -> int:
     return min(CHUNK, graph.chunk)
+
+
+class CudaBackend:
+    """ONNX Runtime with its CUDA provider."""
+
+    name = "cuda"
+    has_devices = True
+
+    def missing(self, artifact: Artifact) -> str | None:
+        return missing("cuda")
+
+    def open(self, artifact: Artifact, options: Options) -> "OnnxGpuSession":
+        return OnnxGpuSession(artifact, "cuda", Device(options.device), options.threads)
+
+
+class OrtTensorRTBackend:
+    """ONNX Runtime with its TensorRT provider, which builds its engines here, from the portable graph."""
+
+    name = "ort-tensorrt"
+    has_devices = True
+
+    def missing(self, artifact: Artifact) -> str | None:
+        return missing("tensorrt")
+
+    def open(self, artifact: Artifact, options: Options) -> "OnnxGpuSession":
+        return OnnxGpuSession(artifact, "tensorrt", Device(options.device), options.threads)
 
 
 class OnnxGpuSession(GpuSession):
@@ -97,13 +116,13 @@ class OnnxGpuSession(GpuSession):
             options.add_free_dimension_override_by_name("capacity", graph.rows(graph.max_length))
         path = artifact.path / graph.file
         try:
-            self.session: Any = onnxruntime.InferenceSession(
-                path, options, providers=provider_options(provider, self.graph), enable_fallback=0
+            self.session: Any = import_onnxruntime().InferenceSession(
+                path, options, providers=provider_options(provider, self.graph, device.index), enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first_line(error)}") from error
         if NAMES[provider] not in self.session.get_providers():
-            raise RequestError(f"--provider {provider}: ONNX Runtime fell back to {self.session.get_providers()[0]}")
+            raise RequestError(f"{provider}: ONNX Runtime fell back to {self.session.get_providers()[0]}")
         self._bindings: dict[int, Any] = {}
 
     def execute(self, length: int) -> None:
@@ -119,7 +138,7 @@ class OnnxGpuSession(GpuSession):
         binding = self.session.io_binding()
 
         def bind(to: Any, name: str, dtype: str, shape: tuple[int, ...], address: int) -> None:
-            to(name, "cuda", 0, ELEMENTS[dtype], shape, address)
+            to(name, "cuda", self.device.index, ELEMENTS[dtype], shape, address)
 
         for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
             bind(binding.bind_input, name, "int64", shape, address)
@@ -155,6 +174,10 @@ class OnnxGpuSession(GpuSession):
         finally:
             for address in before.values():
                 self.device.free(address)
+
+    def close(self) -> None:
+        super().close()
+        self.session = None
 
     def release(self) -> None:
         self._bindings = {}

@@ -6,7 +6,8 @@ B batch, S new tokens, C cache capacity.
 from typing import Any
 
 from runtime.artifact.manifest import NEXT_IDS, Artifact, EngineFile
-from runtime.backends.cuda import Device
+from runtime.backends.base import Options
+from runtime.backends.cuda import Device, gpu_count, start_driver
 from runtime.backends.gpu_session import GpuSession
 from runtime.backends.tensorrt_editions import how_to_install, import_builder, installed
 from runtime.errors import ArtifactError, RequestError
@@ -34,6 +35,24 @@ def choose_engine(artifact: Artifact) -> EngineFile:
     raise ArtifactError(reason)
 
 
+class TensorRTBackend:
+    """An engine that is in the artifact, for the release of TensorRT that is installed."""
+
+    name = "tensorrt"
+    has_devices = True
+
+    def missing(self, artifact: Artifact) -> str | None:
+        try:
+            choose_engine(artifact)
+            start_driver()
+        except (ArtifactError, RequestError) as error:
+            return str(error)
+        return None if gpu_count() else "the NVIDIA driver shows no GPU"
+
+    def open(self, artifact: Artifact, options: Options) -> "TensorRTSession":
+        return TensorRTSession(artifact, choose_engine(artifact), Device(options.device))
+
+
 def rebuild(artifact: Artifact, engine: EngineFile) -> str:
     """The command that builds the engine again."""
     return (
@@ -54,7 +73,7 @@ def _number(capability: str) -> tuple[int, ...]:
 
 
 class TensorRTSession(GpuSession):
-    """A loaded engine. Its interface is `OnnxSession`'s; its capacity is the engine's and never grows.
+    """A loaded engine. Its capacity is the engine's and never grows.
 
     Each profile has an execution context of its own, and both share one workspace, since they never run at once. A
     decode step is captured as a CUDA graph the second time it runs for a number of slots, and replayed from then on.

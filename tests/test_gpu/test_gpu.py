@@ -40,7 +40,7 @@ def answers():
     return found
 
 
-WAYS = {"TensorRT engine": {"backend": "tensorrt"}, "ONNX Runtime, CUDA": {"backend": "onnx", "provider": "cuda"}}
+WAYS = {"TensorRT engine": {"backend": "tensorrt"}, "ONNX Runtime, CUDA": {"backend": "cuda"}}
 
 
 @pytest.mark.parametrize("way", WAYS)

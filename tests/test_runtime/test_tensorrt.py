@@ -98,7 +98,7 @@ def tolerance(engine):
 
 def test_it_computes_what_onnx_runtime_does(made, machine):
     """Ragged slots, idle ones, a prompt longer than a chunk, a full slot, and more slots after a reset."""
-    engine, other = machine.load(), load(made, backend="onnx")
+    engine, other = machine.load(), load(made, backend="cpu")
     draw = np.random.default_rng(0)
     for new in ([30, 3, 0], [1, 1, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1], [0, 9, 2], [15, 1, 1]):
         ids = draw.integers(0, 211, (3, max(new)))
@@ -115,7 +115,7 @@ def test_it_computes_what_onnx_runtime_does(made, machine):
 def test_a_sequence_joins_beside_one_that_is_nearly_full(made, machine):
     """What is written for padding must not reach the rows that the other slot holds."""
     draw, first, second = np.random.default_rng(0), [], []
-    engines = machine.load(), load(made, backend="onnx")
+    engines = machine.load(), load(made, backend="cpu")
     prompts = draw.integers(0, 211, 40).tolist(), draw.integers(0, 211, 30).tolist()
     for engine, found in zip(engines, (first, second), strict=True):
         engine.reserve(3, CAPACITY)
@@ -128,7 +128,7 @@ def test_a_sequence_joins_beside_one_that_is_nearly_full(made, machine):
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}])
 def test_generation_is_the_same(made, machine, sampling):
     ids = machine.load().generate_ids([5, 6, 7], 30, **sampling)
-    assert ids == load(made, backend="onnx").generate_ids([5, 6, 7], 30, **sampling)
+    assert ids == load(made, backend="cpu").generate_ids([5, 6, 7], 30, **sampling)
     assert len(ids) == 30
 
 
@@ -195,7 +195,7 @@ def test_caches_stay_where_they_are(machine):
 def test_a_state_that_is_not_in_place_is_copied(copy, machine):
     """As a recurrence's state is: the engine writes it elsewhere, and the next step must read what was written."""
     change(copy, lambda manifest: manifest["engines"][0]["aliased"].remove("layers.1.bias.out"))
-    engine, other = machine.load(copy), load(copy, backend="onnx")
+    engine, other = machine.load(copy), load(copy, backend="cpu")
     for ids in ([[1, 2, 3]], [[4]], [[5]], [[6]]):
         found = engine.prefill(ids).copy()
         np.testing.assert_allclose(found, other.prefill(ids), **tolerance(engine))
@@ -255,7 +255,7 @@ def test_a_step_that_fails(machine):
 def test_another_version_is_never_deserialised(machine):
     machine.version = "1.8.0.1"
     with pytest.raises(
-        ArtifactError, match=r"built by tensorrt-rtx 1\.7\.1\.116, and 1\.8.*wm-export tensorrt .* --max-length 48"
+        RequestError, match=r"built by tensorrt-rtx 1\.7\.1\.116, and 1\.8.*wm-export tensorrt .* --max-length 48"
     ):
         machine.load()
     assert not machine.trt.events
@@ -329,7 +329,8 @@ def test_what_is_missing_is_named(made, monkeypatch):
         load(made, backend="tensorrt")
     monkeypatch.setattr(backend, "installed", lambda builder: False)
     with pytest.raises(
-        ArtifactError, match=r"needs tensorrt-rtx; install it with pip install 'wm-models\[tensorrt-rtx\]'"
+        RequestError,
+        match=r"backend tensorrt: .*needs tensorrt-rtx; .* pip install 'wm-models\[tensorrt-rtx\]'",
     ):
         load(made, backend="tensorrt")
     load(made, backend="auto")
@@ -345,7 +346,7 @@ def test_what_is_missing_is_named(made, monkeypatch):
 
 def test_without_an_engine(made, copy):
     change(copy, lambda manifest: manifest.pop("engines"))
-    with pytest.raises(ArtifactError, match="has no TensorRT engine; build one with wm-export tensorrt"):
+    with pytest.raises(RequestError, match="has no TensorRT engine; build one with wm-export tensorrt"):
         load(copy, backend="tensorrt")
 
 

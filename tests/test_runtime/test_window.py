@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import ours, rival
@@ -84,16 +85,16 @@ def test_sequences_join_and_leave(made):
     assert all(found[0][prompt.line] == engine.generate_ids(prompt.ids, 50) for prompt in given)
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_caches_in_a_gpu(made, monkeypatch, provider):
+@pytest.mark.parametrize("backend", ["cuda", "ort-tensorrt"])
+def test_caches_in_a_gpu(made, monkeypatch, backend):
     """Over stand-ins for the driver and the provider: rows are taken out on the host, and put back."""
     monkeypatch.setattr(cuda.importlib, "import_module", lambda name: Driver())
     monkeypatch.setattr(onnx_gpu, "missing", lambda provider: None)
-    monkeypatch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
-    engine = load(made[0], "onnx", provider=provider)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OrtSession)
+    engine = load(made[0], backend)
     monkeypatch.undo()
     np.testing.assert_allclose(ragged(engine), ragged(load(made[1])), rtol=0, atol=1e-5)
-    engine.session.release()
+    engine.session.close()
     assert engine.session.device.driver.used == 0
 
 

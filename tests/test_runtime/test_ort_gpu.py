@@ -7,9 +7,11 @@ from conftest import ours, rival
 from test_export.conftest import lowered
 
 from runtime import RequestError, load
+from runtime.artifact.manifest import read_artifact
 from runtime.backends import cuda
 from runtime.backends import ort_gpu as onnx_gpu
 from runtime.backends.ort_cpu import OnnxSession
+from runtime.backends.registry import choose_backend
 from test_runtime.standin import Driver, OrtSession
 
 
@@ -36,41 +38,40 @@ def gpu(monkeypatch):
 def test_only_who_leaves_it_open_gets_another(made):
     if cuda.gpu_count():
         pytest.skip("this machine has a GPU")
-    assert onnx_gpu.choose_provider("auto") == "cpu"
-    assert isinstance(load(made, "onnx", provider="auto").session, OnnxSession)
-    for provider in ("cuda", "tensorrt"):
-        with pytest.raises(
-            RequestError, match=rf"--provider {provider}: .*(NVIDIA driver|cuda-python).*--provider auto"
-        ):
-            load(made, "onnx", provider=provider)
-    with pytest.raises(RequestError, match="provider is 'gpu'; expected one of auto, cpu, cuda, tensorrt"):
-        load(made, provider="gpu")
+    assert choose_backend(read_artifact(made), "auto").name == "cpu"
+    assert isinstance(load(made).session, OnnxSession)
+    for backend in ("cuda", "ort-tensorrt"):
+        with pytest.raises(RequestError, match=rf"backend {backend}: .*(NVIDIA driver|cuda-python).*backend auto"):
+            load(made, backend)
+    with pytest.raises(RequestError, match=r"backend is 'gpu'; expected one of auto, .*cuda, ort-tensorrt, cpu"):
+        load(made, "gpu")
 
 
-def test_what_is_missing_is_named(gpu, monkeypatch):
+def test_what_is_missing_is_named(made, gpu, monkeypatch):
     def absent(path):
         raise OSError("libcublasLt.so.13: cannot open shared object file")
 
+    artifact = read_artifact(made)
     monkeypatch.setattr(onnx_gpu.ctypes, "CDLL", absent)
     with pytest.raises(RequestError, match=r"needs a library that is not installed: libcublasLt\.so\.13"):
-        onnx_gpu.choose_provider("cuda")
+        choose_backend(artifact, "cuda")
     gpu.gpus = 0
     with pytest.raises(RequestError, match="driver shows no GPU"):
-        onnx_gpu.choose_provider("cuda")
+        choose_backend(artifact, "cuda")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(RequestError, match="build without TensorrtExecutionProvider; install onnxruntime-gpu"):
-        onnx_gpu.choose_provider("tensorrt")
+    with pytest.raises(RequestError, match=r"without TensorrtExecutionProvider; run pip install 'wm-models\[gpu\]'"):
+        choose_backend(artifact, "ort-tensorrt")
 
 
-@pytest.fixture(params=["cuda", "tensorrt"])
+@pytest.fixture(params=["cuda", "ort-tensorrt"])
 def on_gpu(request, gpu, monkeypatch):
-    """`on_gpu(directory)`: its engine on a provider."""
+    """`on_gpu(directory)`: its engine on a GPU backend."""
 
     def load_there(directory):
         with monkeypatch.context() as patch:
             patch.setattr(onnx_gpu, "missing", lambda provider: None)
-            patch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
-            return load(directory, "onnx", provider=request.param)
+            patch.setattr(onnxruntime, "InferenceSession", OrtSession)
+            return load(directory, request.param)
 
     return load_there
 
@@ -84,7 +85,7 @@ def engine(made, on_gpu, monkeypatch):
 
 def test_it_computes_on_the_device(made, engine):
     """Ragged slots, idle ones, and caches that grow where the provider lets them."""
-    other, draw = load(made, "onnx"), np.random.default_rng(0)
+    other, draw = load(made, "cpu"), np.random.default_rng(0)
     for new in ([30, 3, 0], [1, 1, 1], [0, 1, 1], [230, 9, 2], [1, 1, 1]):
         ids = draw.integers(0, 211, (3, max(new)))
         found, expected = engine.prefill(ids, new).copy(), other.prefill(ids, new)
@@ -92,7 +93,7 @@ def test_it_computes_on_the_device(made, engine):
         np.testing.assert_allclose(found[busy], expected[busy], atol=1e-5)
     assert engine.session.capacity == (400 if engine.session.graph.capacities == (400,) else 320)
     assert engine.generate_ids([3, 4], 9) == other.generate_ids([3, 4], 9)
-    engine.session.release()
+    engine.session.close()
     assert engine.session.device.driver.used == 0
 
 
@@ -100,16 +101,16 @@ def test_a_classifier(classifier, on_gpu):
     """Its logits are as many as labels, on the device too."""
     texts = [np.arange(3, 3 + length) for length in (9, 1, 64)]
     engine = on_gpu(classifier)
-    np.testing.assert_allclose(engine.classify(texts), load(classifier, "onnx").classify(texts), atol=1e-5)
+    np.testing.assert_allclose(engine.classify(texts), load(classifier, "cpu").classify(texts), atol=1e-5)
     assert engine.session.host["logits"].size == 3  # one slot in the last batch
 
 
 def test_a_provider_that_was_not_taken_is_an_error(made, gpu, monkeypatch):
     monkeypatch.setattr(onnx_gpu, "missing", lambda provider: None)
-    monkeypatch.setattr(onnx_gpu.onnxruntime, "InferenceSession", OrtSession)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OrtSession)
     monkeypatch.setattr(OrtSession, "get_providers", lambda session: ["CPUExecutionProvider"])
-    with pytest.raises(RequestError, match="--provider cuda: ONNX Runtime fell back to CPUExecutionProvider"):
-        load(made, "onnx", provider="cuda")
+    with pytest.raises(RequestError, match="cuda: ONNX Runtime fell back to CPUExecutionProvider"):
+        load(made, "cuda")
 
 
 def test_the_tensorrt_providers_profile(engine):

@@ -1,0 +1,34 @@
+"""Caches and logits as numpy arrays: their types and sizes, and which rows of the logits count.
+
+B batch (slots), S new tokens, V vocabulary.
+"""
+
+from math import prod
+
+import numpy as np
+
+from runtime.artifact.manifest import State
+
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
+
+
+def state_bytes(state: State, batch: int, rows: int) -> int:
+    """Bytes of a cache for `batch` slots of `rows` rows."""
+    return prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize
+
+
+def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits that numpy can compute with. The bits of a bfloat16 are the upper half of a float32's."""
+    return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
+
+
+def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
+    """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
+
+
+def argmax_ids(logits: np.ndarray) -> np.ndarray:
+    """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
+    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)

@@ -1,0 +1,91 @@
+"""What the engine expects of a backend: it says what it lacks on this machine, and opens a session, which runs steps.
+
+B batch (slots), S new tokens, C cache capacity, V vocabulary (of a classifier, its labels).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from runtime.artifact.manifest import Artifact, Graph
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to open a session.
+
+    `threads`: threads of the CPU, None for the physical cores. `device`: the index of the card, 0 for the first.
+    """
+
+    threads: int | None = None
+    device: int = 0
+
+
+class Session(Protocol):
+    """A loaded graph with a cache for each slot. The engine alone calls it, one call at a time, with checked values.
+
+    `graph`: the artifact's graph, with the slots, capacities and lengths that this session serves. `chunk`: the most
+    tokens S of a slot in one step. `batch` and `capacity`: B and C as they are now, 0 before `allocate`.
+    `device_name`: the processor or card, for people. Every call may raise `RequestError` where memory is short.
+    """
+
+    graph: Graph
+    chunk: int
+    batch: int
+    capacity: int
+    device_name: str
+
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Make `batch` empty slots with memory for `capacity` tokens each; what slots held before is gone."""
+        ...
+
+    def grow(self, capacity: int) -> None:
+        """Make every slot hold up to `capacity` tokens, one of `graph.capacities`; the slots keep their content."""
+        ...
+
+    def clear_slot(self, slot: int) -> None:
+        """Set one slot's caches to zero."""
+        ...
+
+    def step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
+        """Append tokens to every slot: input_ids (B, S), right-padded, of which sequence_lengths (B) are real; int64.
+
+        cache_lengths (B): the tokens that each slot holds already. A slot whose sequence length is 0 keeps its content.
+        Returns the logits (B, V), float32, of each slot's last real token, which may lie in a buffer that the next
+        step overwrites; with `argmax` the ids (B,), int64, of the largest logits, -1 where logits are not finite, in
+        an array of their own.
+        """
+        ...
+
+    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+        """Append input_ids (S,), int64, to one slot; the others keep their content. cache_lengths (B) as in `step`.
+
+        Returns the logits (V,), float32, of the last id, which may lie in a buffer that the next step overwrites.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give all memory back. The session cannot be used again; a second `close` does nothing."""
+        ...
+
+
+class Backend(Protocol):
+    """One way to run an artifact. An instance of it is an entry of `runtime.backends.registry.BACKENDS`.
+
+    `name`: what `load` and `--backend` call it. `has_devices`: whether `Options.device` chooses among several cards.
+    Libraries that it alone needs are imported inside these functions, so that the others work without them.
+    """
+
+    name: str
+    has_devices: bool
+
+    def missing(self, artifact: Artifact) -> str | None:
+        """What this machine or the artifact lacks and what to do about it, in one line; None if nothing is missing."""
+        ...
+
+    def open(self, artifact: Artifact, options: Options) -> Session:
+        """A session. Raises `ArtifactError` where the artifact does not load, `RequestError` for a wrong device."""
+        ...
