@@ -85,16 +85,19 @@ class GrammarConstraint:
         return self._mask() if mask is None else mask
 
     def advance(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+        """Take note of the token that was chosen. Raises `RequestError` for one that is not allowed, or as `allowed`."""
         if not self._matcher.consume_token(token):
-            raise RequestError(f"the grammar does not allow token {token}, which was chosen")
+            raise RequestError(f"the grammar fails at token {token}: {self._error()}")
         self._first = None
 
     def _mask(self) -> np.ndarray:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise RequestError(f"the grammar fails: {' '.join(self._matcher.get_error().split())[:300]}")
+            raise RequestError(f"the grammar fails: {self._error()}")
         return np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(bool)
+
+    def _error(self) -> str:
+        return " ".join(self._matcher.get_error().split())[:300]
 
 
 class Constraints:

@@ -113,7 +113,7 @@ def test_a_lark_grammar_is_obeyed(constraints, tokenizer):
 
 def test_a_token_that_is_not_allowed_is_an_error(constraints, tokenizer):
     constraint = constraints.start(json_object())
-    with pytest.raises(RequestError, match="does not allow token"):
+    with pytest.raises(RequestError, match="fails at token"):
         constraint.advance(tokenizer.encode("x").ids[0])
 
 
@@ -145,10 +145,10 @@ def test_a_grammar_that_is_wrong_or_too_large_is_refused_and_the_next_one_serves
     assert constraints.start(json_object()).allowed().any()
 
 
-def test_nested_repetitions_serve(constraints, tokenizer):
+def test_nested_repetitions_end_in_an_error_while_tokens_are_chosen(constraints, tokenizer):
     constraint = constraints.start(regex("((((a{99}){99}){99}){99}){99}"))
-    for _ in range(200):
-        constraint.advance(int(constraint.allowed().nonzero()[0][-1]))
+    with pytest.raises(RequestError, match="too many expressions"):
+        constraint.advance(tokenizer.encode("a").ids[0])
 
 
 @pytest.mark.parametrize("schema", ["[1]", "{", [1], {"type": {1}}])
