@@ -85,7 +85,7 @@ class GrammarConstraint:
         return self._mask() if mask is None else mask
 
     def advance(self, token: int) -> None:
-        """Take note of the token that was chosen. Raises `RequestError` for one that is not allowed, or as `allowed`."""
+        """Take note of the chosen token. Raises `RequestError` for one that is not allowed, or as `allowed` does."""
         if not self._matcher.consume_token(token):
             raise RequestError(f"the grammar fails at token {token}: {self._error()}")
         self._first = None
