@@ -86,7 +86,7 @@ class Engine:
 
         Optional: `prefill` makes slots for what it is given, and a step grows them.
         """
-        self.session.allocate(batch, self._bucket(length))
+        self.session.allocate(batch, self.bucket(length))
         self._lengths = np.zeros(batch, np.int64)
 
     @exclusive
@@ -146,13 +146,13 @@ class Engine:
             raise RequestError(f"slot is {slot}; there are {self._lengths.size}, made by reserve")
         self.check_prompt(ids)
         if len(ids) > self.session.capacity:
-            self.session.grow(self._bucket(len(ids)))
+            self.session.grow(self.bucket(len(ids)))
         self.leave(slot)
         self.session.clear_slot(slot)
         found = np.zeros(0, np.float32)
         for start in range(0, len(ids), self.session.chunk):
             chunk = np.asarray(ids[start : start + self.session.chunk])
-            found = self.session.step_slot(slot, chunk, self._lengths)
+            found = self.session.step_slot(slot, chunk, self._lengths)[-1]
             self._lengths[slot] += len(chunk)
         return found
 
@@ -326,7 +326,8 @@ class Engine:
                 f"token id {ids[slot, at]} at position {at} of slot {slot}; expected 0 to {self.graph.vocabulary - 1}"
             )
 
-    def _bucket(self, length: int) -> int:
+    def bucket(self, length: int) -> int:
+        """The smallest capacity for slots of `length` tokens."""
         return next((size for size in self.graph.capacities if size >= length), self.graph.max_length)
 
     def _fit(self, width: int) -> int:
@@ -338,7 +339,7 @@ class Engine:
         held = self._lengths[self._lengths < self.graph.max_length]
         longest = int(held.max(initial=0))
         if longest + width > self.session.capacity:
-            capacity = self._bucket(longest + width)
+            capacity = self.bucket(longest + width)
             if capacity > self.session.capacity:
                 self.session.grow(capacity)
         return max(1, min(width, self.session.capacity - longest, self.session.chunk))

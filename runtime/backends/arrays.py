@@ -22,6 +22,11 @@ def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
     return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
 
 
+def rows_index(state: State, rows: slice) -> tuple[slice, ...]:
+    """The index of `rows` in a slot's part of a state, or of all of it where the state has no rows."""
+    return tuple(rows if dim == "capacity" else slice(None) for dim in state.shape[1:])
+
+
 def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
     """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
     if rows.shape[1] == 1:

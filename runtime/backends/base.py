@@ -51,11 +51,12 @@ class Session(Protocol):
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
     ) -> np.ndarray:
-        """Append tokens to every slot: input_ids (B, S), right-padded, of which sequence_lengths (B) are real; int64.
+        """Append tokens to the first n slots: input_ids (n, S), right-padded, of which sequence_lengths (n) are real.
 
-        cache_lengths (B): the tokens that each slot holds already. A slot whose sequence length is 0 keeps its content.
-        Returns the logits (B, V), float32, of each slot's last real token, which may lie in a buffer that the next
-        step overwrites; with `argmax` the ids (B,), int64, of the largest logits, -1 where logits are not finite, in
+        cache_lengths (B): the tokens that each slot holds already, of all slots; all are int64. A slot whose sequence
+        length is 0 keeps its content, and a slot behind the first n too; whether it is computed is the backend's.
+        Returns the logits (n, V), float32, of each slot's last real token, which may lie in a buffer that the next
+        step overwrites; with `argmax` the ids (n,), int64, of the largest logits, -1 where logits are not finite, in
         an array of their own.
         """
         ...
@@ -63,8 +64,33 @@ class Session(Protocol):
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
         """Append input_ids (S,), int64, to one slot; the others keep their content. cache_lengths (B) as in `step`.
 
-        Returns the logits (V,), float32, of the last id, which may lie in a buffer that the next step overwrites.
+        Returns logits, float32: (S, V) of every id where `graph.logits` is "all", else (1, V) of the last. They may
+        lie in a buffer that the next step overwrites.
         """
+        ...
+
+    @property
+    def row_multiple(self) -> int:
+        """A step of a multiple of this many slots gives each of them the same bits, whatever their number and order.
+
+        1 where a step always computes all slots.
+        """
+        ...
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Give `target` the content of `source`, a slot of `tokens` tokens."""
+        ...
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[np.ndarray] | None:
+        """The cache rows of the tokens from `start` to `stop` of a slot that holds `stop` tokens.
+
+        One array a state, in the caller's memory: (K, stop - start, size), or the whole of a state without rows. None
+        where rows of the slot were evicted, so that rows are not at their tokens' places.
+        """
+        ...
+
+    def write_rows(self, slot: int, start: int, rows: list[np.ndarray]) -> None:
+        """Append what `read_rows` gave for the tokens from `start` to a slot that holds `start` tokens."""
         ...
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.artifact.manifest import Artifact, State
-from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, state_bytes, widened
+from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, rows_index, state_bytes, widened
 from runtime.backends.cuda import Device
 from runtime.backends.eviction import Eviction
 from runtime.errors import RequestError
@@ -107,11 +107,23 @@ class GpuSession:
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
     ) -> np.ndarray:
-        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+        """One chunk of the first n slots: input_ids (n, S), sequence_lengths (n); cache_lengths (B) of all; int64.
 
-        Returns the logits (B, V), float32, of each slot's last real token, or, where only the `argmax` tokens are
-        asked for, their ids (B,), int64, -1 where logits are not finite: then no logit leaves the device.
+        The other slots are computed too, as idle ones. Returns the logits (n, V), float32, of each slot's last real
+        token, or, where only the `argmax` tokens are asked for, their ids (n,), int64, -1 where logits are not finite:
+        then no logit leaves the device.
         """
+        count = len(input_ids)
+        if count < self.batch:
+            idle = self.batch - count
+            input_ids, sequence_lengths = np.pad(input_ids, ((0, idle), (0, 0))), np.pad(sequence_lengths, (0, idle))
+        found = self._step(input_ids, cache_lengths, sequence_lengths, argmax)
+        return (found if argmax else last_rows(found, sequence_lengths))[:count]
+
+    def _step(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
+        """One chunk of all slots: the argmax ids (B,), or the logits (B, S or 1, V)."""
         batch, length = input_ids.shape
         if batch != self.batch or length > self.chunk:
             raise RequestError(
@@ -130,25 +142,55 @@ class GpuSession:
         logits = self.host["logits"][: batch * rows * self.graph.logits_width].reshape(batch, rows, -1)
         self.device.download(logits, self.addresses["logits"])
         self.device.synchronize()
-        found = last_rows(widened(logits, self.graph.dtype), sequence_lengths).astype(np.float32, copy=False)
-        return argmax_ids(found) if argmax else found
+        found = widened(logits, self.graph.dtype).astype(np.float32, copy=False)
+        return argmax_ids(last_rows(found, sequence_lengths)) if argmax else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
-        """One chunk, input_ids (S,), for one slot while the others sit it out. Returns logits (V,), as `step`.
+        """One chunk, input_ids (S,), for one slot while the others sit it out.
 
+        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V), as `step`.
         Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
         """
         lengths = cache_lengths.copy()
         others = np.delete(lengths, slot)
         room = self.capacity - int(others[others < self.capacity].max(initial=0))
-        found = np.zeros((0, self.graph.logits_width), np.float32)
+        found: list[np.ndarray] = []
         for start in range(0, input_ids.size, room):
             chunk = input_ids[start : start + room]
             ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
             ids[slot], new[slot] = chunk, chunk.size
-            found = self.step(ids, lengths, new)
+            found.append(self._step(ids, lengths, new)[slot].copy())
             lengths = lengths + new
-        return found[slot]
+        return np.concatenate(found) if self.graph.logits == "all" else found[-1]
+
+    row_multiple = 1  # a step always computes all slots
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Give `target` the content of `source`, a slot of `tokens` tokens."""
+        for state in self.graph.states:
+            size, start = self.state_bytes(state, 1, self.capacity), self.addresses[state.input]
+            self.device.copy(start + target * size, start + source * size, size)
+        self.eviction.evicted[target] = self.eviction.evicted[source]
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[np.ndarray] | None:
+        """The cache rows of tokens `start` to `stop` of a slot that holds `stop` tokens, and its states without rows.
+
+        One array a state, (K, rows, size) or as the state is, in host memory. None where some were evicted.
+        """
+        if self.eviction.evicted[slot]:
+            return None
+        found = []
+        for state in self.graph.states:
+            with self._part(slot, state) as part:
+                found.append(part[rows_index(state, slice(start, stop))].copy())
+        return found
+
+    def write_rows(self, slot: int, start: int, rows: list[np.ndarray]) -> None:
+        """Put what `read_rows` gave for tokens `start` and on into a slot that holds `start` tokens."""
+        for state, given in zip(self.graph.states, rows, strict=True):
+            with self._part(slot, state) as part:
+                part[rows_index(state, slice(start, start + given.shape[1]))] = given
+        self.eviction.evicted[slot] = 0
 
     has_next_ids = False
 

@@ -6,14 +6,14 @@ B batch, S new tokens, C cache capacity, V vocabulary.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
-from math import prod
+from math import gcd, lcm, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.artifact.manifest import ELEMENTS, Artifact, State
-from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, state_bytes, widened
+from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, rows_index, state_bytes, widened
 from runtime.backends.base import Options
 from runtime.backends.eviction import Eviction
 from runtime.backends.ort import MISSING, first_line, import_onnxruntime, session_options
@@ -61,7 +61,7 @@ class OnnxSession:
         self.eviction = Eviction(self.graph, 0)
         self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
         self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
-        self._bindings: dict[tuple[int, int | None], tuple[Any, list[np.ndarray], np.ndarray]] = {}
+        self._bindings: dict[tuple[int, int, int], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
@@ -112,19 +112,58 @@ class OnnxSession:
     def step(
         self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
     ) -> np.ndarray:
-        """One chunk: input_ids (B, S), cache_lengths (B), sequence_lengths (B), int64.
+        """One chunk of the first n slots: input_ids (n, S), sequence_lengths (n); cache_lengths (B) of all; int64.
 
-        Returns the logits (B, V), float32, of each slot's last real token: a buffer that the next step overwrites.
-        With `argmax`, only the ids (B,), int64, of the largest of them, -1 where logits are not finite.
+        Returns the logits (n, V), float32, of each slot's last real token: a buffer that the next step overwrites.
+        With `argmax`, only the ids (n,), int64, of the largest of them, -1 where logits are not finite.
         """
-        lengths = self.eviction.make_room(cache_lengths, input_ids.shape[1], self._part)
-        found = self._run(None, input_ids, lengths[0], sequence_lengths, *lengths[1:])
+        count, length = input_ids.shape
+        lengths = self.eviction.make_room(cache_lengths[:count], length, self._part)
+        found = last_rows(self._run(0, count, input_ids, lengths[0], sequence_lengths, *lengths[1:]), sequence_lengths)
         return argmax_ids(found) if argmax else found
 
     def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
-        """One chunk, input_ids (S,), for one slot and its part of the caches alone. Returns logits (V,), as `step`."""
+        """One chunk, input_ids (S,), for one slot and its part of the caches alone.
+
+        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V), as `step`.
+        """
         lengths = self.eviction.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
-        return self._run(slot, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+        return self._run(slot, slot + 1, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+
+    @property
+    def row_multiple(self) -> int:
+        """A step of a multiple of this many slots gives each of them the same bits, whatever their number and order.
+
+        Two kernels of ONNX Runtime compute the rows at the end of a batch in another way than those before. int8
+        products take rows in pairs. Softplus, on the biases (n, heads) of n rows, takes four numbers at once.
+        """
+        heads = {state.shape[1] for state in self.graph.states if state.input.endswith(".bias")}
+        packs = [4 // gcd(4, int(count)) for count in heads]
+        return lcm(2 if self.graph.quantization == "int8" else 1, *packs)
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Give `target` the content of `source`, a slot of `tokens` tokens."""
+        rows = slice(0, tokens - int(self.eviction.evicted[source]))
+        for state, cache in zip(self.graph.states, self.caches, strict=True):
+            part = rows_index(state, rows)
+            cache[target][part] = cache[source][part]
+        self.eviction.evicted[target] = self.eviction.evicted[source]
+
+    def read_rows(self, slot: int, start: int, stop: int) -> list[np.ndarray] | None:
+        """The cache rows of tokens `start` to `stop` of a slot that holds `stop` tokens, and its states without rows.
+
+        One array a state, (K, rows, size) or as the state is, the caller's own. None where some were evicted.
+        """
+        if self.eviction.evicted[slot]:
+            return None
+        parts = [rows_index(state, slice(start, stop)) for state in self.graph.states]
+        return [cache[slot][part].copy() for part, cache in zip(parts, self.caches, strict=True)]
+
+    def write_rows(self, slot: int, start: int, rows: list[np.ndarray]) -> None:
+        """Put what `read_rows` gave for tokens `start` and on into a slot that holds `start` tokens."""
+        for state, cache, part in zip(self.graph.states, self.caches, rows, strict=True):
+            cache[slot][rows_index(state, slice(start, start + part.shape[1]))] = part
+        self.eviction.evicted[slot] = 0
 
     def close(self) -> None:
         """Give all memory back; the session cannot be used again."""
@@ -134,14 +173,15 @@ class OnnxSession:
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
         return nullcontext(self.caches[self.graph.states.index(state)][slot])
 
-    def _run(self, slot: int | None, *values: np.ndarray) -> np.ndarray:
-        length = values[0].shape[1]
-        if (length, slot) not in self._bindings:
-            # decode's binding is kept beside that of the latest chunk
-            for other in [key for key in self._bindings if key != (1, None)]:
+    def _run(self, first: int, end: int, *values: np.ndarray) -> np.ndarray:
+        """The logits, (slots, rows, V), float32, of a step of the slots from `first` to `end`: a buffer."""
+        key = (values[0].shape[1], first, end)
+        if key not in self._bindings:
+            # decode's bindings are kept beside that of the latest chunk
+            for other in [held for held in self._bindings if held[:2] != (1, 0)]:
                 del self._bindings[other]
-            self._bindings[length, slot] = self._bind(length, slot)
-        binding, inputs, logits = self._bindings[length, slot]
+            self._bindings[key] = self._bind(*key)
+        binding, inputs, logits = self._bindings[key]
         for buffer, value in zip(inputs, values, strict=True):
             buffer[...] = value
         try:
@@ -149,12 +189,12 @@ class OnnxSession:
                 self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
-        return last_rows(widened(logits, self.graph.dtype), values[2]).astype(np.float32, copy=False)
+        return widened(logits, self.graph.dtype).astype(np.float32, copy=False)
 
-    def _bind(self, length: int, slot: int | None) -> tuple[Any, list[np.ndarray], np.ndarray]:
-        """Buffers for steps of S = `length` tokens of all slots or of one, bound once: the inputs, and the logits."""
+    def _bind(self, length: int, first: int, end: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
+        """Buffers for steps of S = `length` tokens of the slots from `first` to `end`, bound once: inputs, logits."""
         binding = self.session.io_binding()
-        batch, part = (self.batch, slice(None)) if slot is None else (1, slice(slot, slot + 1))
+        batch, part = end - first, slice(first, end)
         names = self.graph.inputs
         inputs = [np.zeros((batch, length) if name == "input_ids" else batch, np.int64) for name in names]
         for name, buffer in zip(names, inputs, strict=True):

@@ -1,0 +1,118 @@
+"""One sequence on its way: its ids, how its next token is chosen, its text, and when it ends.
+
+V vocabulary.
+"""
+
+from collections.abc import Set
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from runtime.errors import RequestError
+from runtime.scheduling.request import Event, FinishReason, Logprob, Request, logprob_of
+from runtime.text.sampling import Sampler
+from runtime.text.tokenizer import StopStrings, TextStream
+
+
+class Sequence:
+    """What the scheduler knows of a request that it has taken.
+
+    `ids`: the prompt and what was chosen since. `slot`: where its cache rows are, -1 while it waits. `room`: the most
+    new tokens. `plain`: whether the id of the largest logit is all that a step must bring. `shares`: whether it may
+    begin with other prompts' cache rows, and they with its own.
+    """
+
+    def __init__(self, number: int, request: Request, room: int, end_ids: Set[int], tokenizer: Tokenizer | None):
+        self.number, self.request, self.room = number, request, room
+        self.ids = list(request.ids)
+        self.slot = -1
+        self.reused = self.new = 0
+        self.prompt_logprobs: list[Logprob | None] | None = [None] if request.prompt_logprobs else None
+        self.sampler = Sampler(request.sampling)
+        self.plain = (
+            request.sampling.greedy
+            and request.logprobs is None
+            and not request.logit_bias
+            and request.constraint is None
+        )
+        self.shares = request.reuse and not request.prompt_logprobs  # whose every token must be computed
+        self._ends = {*end_ids, *request.stop_ids}
+        self._stream = TextStream(tokenizer) if tokenizer is not None and (request.text or request.stop) else None
+        self._stops = StopStrings(request.stop)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.ids)
+
+    def note_prompt(self, rows: np.ndarray, done: int) -> None:
+        """Of logits (S, V) after `done` tokens of the prompt and each of the next, take the next tokens' logprobs."""
+        assert self.prompt_logprobs is not None
+        for token, logits in zip(self.ids[done + 1 : done + 1 + len(rows)], rows, strict=False):
+            self.prompt_logprobs.append(logprob_of(logits, token, self.request.logprobs or 0))
+
+    def choose(self, logits: np.ndarray) -> Event:
+        """Choose the next token from logits (V,), float32, which are only read."""
+        if not np.isfinite(logits).all():
+            raise RequestError(self._overflow())
+        request, scores = self.request, logits
+        if request.logit_bias:
+            scores = scores.astype(np.float64)
+            scores[list(request.logit_bias)] += list(request.logit_bias.values())
+        allowed = None if request.constraint is None else request.constraint.allowed()
+        if allowed is not None:
+            if not allowed.any():
+                raise RequestError("the constraint allows no token; check the grammar or schema")
+            scores = np.where(allowed, scores, -np.inf)
+        token = int(self.sampler(scores[None], [self.ids])[0])
+        known = None if request.logprobs is None else logprob_of(logits, token, request.logprobs)
+        return self.take(token, known)
+
+    def take(self, token: int, known: Logprob | None = None) -> Event:
+        """Go on with `token`, -1 where there is none since logits were not finite."""
+        if token < 0:
+            raise RequestError(self._overflow())
+        if token in self._ends:
+            return self.end("stop")
+        if self.request.constraint is not None:
+            self.request.constraint.advance(token)
+        self.ids.append(token)
+        self.new += 1
+        text = self._stops.push(self._stream.push(token)) if self._stream is not None else ""
+        if self._stops.found:
+            return self._event(token, text, known, "stop")
+        if self.new == self.room:
+            return self._event(token, text + self._rest(), known, "length")
+        return self._event(token, text, known)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Event:
+        """The end without another token; what was held back of the text comes with it."""
+        return self._event(None, self._rest(), None, reason, error)
+
+    def _rest(self) -> str:
+        if self._stream is None or self._stops.found:
+            return ""
+        return self._stops.push(self._stream.finish()) + self._stops.finish()
+
+    def _event(
+        self, token: int | None, text: str, known: Logprob | None, reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> Event:  # fmt: skip
+        prompt, self.prompt_logprobs = self.prompt_logprobs, None
+        return Event(
+            self.number,
+            token,
+            text if self.request.text else "",
+            None if known is None else known.logprob,
+            () if known is None else known.top,
+            None if prompt is None else tuple(prompt),
+            reason,
+            error,
+            self.prompt_tokens,
+            self.new,
+            self.reused,
+        )
+
+    def _overflow(self) -> str:
+        return (
+            f"the logits of slot {self.slot} after token {len(self.ids)} are not finite; the weights or dtype overflow"
+        )
