@@ -60,15 +60,27 @@ class ToySession:
         self.seen[slot] = 0
 
     def step(self, input_ids, cache_lengths, sequence_lengths, argmax=False):
+        count = len(input_ids)
         for slot in np.flatnonzero(sequence_lengths):
             self.seen[slot] = input_ids[slot, sequence_lengths[slot] - 1]
-        logits = -np.abs(np.arange(self.graph.logits_width) - self.seen[:, None] - 1).astype(np.float32)
+        logits = -np.abs(np.arange(self.graph.logits_width) - self.seen[:count, None] - 1).astype(np.float32)
         return logits.argmax(-1) if argmax else logits
 
     def step_slot(self, slot, input_ids, cache_lengths):
         new = np.zeros(self.batch, np.int64)
         new[slot] = input_ids.size
-        return self.step(np.tile(input_ids, (self.batch, 1)), cache_lengths, new)[slot]
+        return self.step(np.tile(input_ids, (self.batch, 1)), cache_lengths, new)[slot : slot + 1]
+
+    row_multiple = 1
+
+    def copy_slot(self, source, target, tokens):
+        self.seen[target] = self.seen[source]
+
+    def read_rows(self, slot, start, stop):
+        return [self.seen[slot : slot + 1].copy()]
+
+    def write_rows(self, slot, start, rows):
+        self.seen[slot] = rows[0][0]
 
     def close(self):
         self.batch = self.capacity = 0
@@ -153,7 +165,7 @@ class Slots:
                 session.grow(next(size for size in session.graph.capacities if size >= need))
             new = np.array([len(part) for part in parts])
             made = session.step(ids, self.lengths, new, argmax)
-            self.lengths = self.lengths + new
+            self.lengths[: len(rows)] += new
             found = [made[slot].copy() if part else found[slot] for slot, part in enumerate(parts)]
         return [each for each in found if each is not None]
 
@@ -197,7 +209,7 @@ def test_one_slot(opened, rows):
     lengths = np.array([30, 0])
     for start in range(0, 12, opened.chunk):
         part = np.array(rows[2][start : start + opened.chunk][: 12 - start])
-        found = opened.step_slot(1, part, lengths).copy()
+        found = opened.step_slot(1, part, lengths)[-1].copy()
         lengths[1] += part.size
     assert (found.shape, found.dtype) == ((VOCABULARY,), np.float32)
     slots.lengths = lengths
@@ -205,6 +217,44 @@ def test_one_slot(opened, rows):
     same([found], Slots(opened, 1).append(rows[2][:12]))
     same(after[:1], Slots(opened, 1).append([*rows[0][:30], 7]))
     same(after[1:], Slots(opened, 1).append([*rows[2][:12], 8]))
+
+
+def test_the_first_slots(opened, rows):
+    """A step of two of three slots: the third keeps its content."""
+    slots = Slots(opened, 3)
+    slots.append(rows[0][:30], rows[1][:9], rows[2][:20])
+    found = slots.session.step(np.array([[7], [8]]), slots.lengths, np.array([1, 0]))
+    assert (found.shape, found.dtype) == ((2, VOCABULARY), np.float32)
+    first = found[0].copy()
+    ids = slots.session.step(np.array([[9]]), slots.lengths + np.array([1, 0, 0]), np.array([1]), argmax=True)
+    slots.lengths[0] += 2
+    after = slots.append([], [8], [9])
+    alone = Slots(opened, 1)
+    same([first], alone.append([*rows[0][:30], 7]))
+    assert ids.tolist() == [alone.append([9])[0].argmax()]
+    same(after[:1], Slots(opened, 1).append([*rows[1][:9], 8]))
+    same(after[1:], Slots(opened, 1).append([*rows[2][:20], 9]))
+
+
+def test_content_moves_between_slots(opened, rows):
+    """A copied slot goes on like its source, also where rows were evicted, and so does one made of rows read before."""
+    slots = Slots(opened, 3)
+    slots.append(rows[0][:16])
+    first = opened.read_rows(0, 0, 16)
+    slots.append(rows[0][16:32])
+    second = opened.read_rows(0, 16, 32)
+    opened.copy_slot(0, 2, 32)
+    opened.clear_slot(1)
+    opened.write_rows(1, 0, first)
+    opened.write_rows(1, 16, second)
+    slots.lengths[:] = 32
+    found = slots.append(*[rows[0][32:]] * 3)
+    same(found, [found[0]] * 3)
+    opened.copy_slot(1, 0, 70)
+    same(slots.append([7], [7], [7]), Slots(opened, 1).append([*rows[0], 7]) * 3)
+    if opened.graph.window is not None and opened.device_name != "Toy":
+        assert Slots(opened, 1).append(rows[0])
+        assert opened.read_rows(0, 64, 70) is None  # it has 40 rows
 
 
 def test_close(opened, rows):
