@@ -16,7 +16,7 @@ from runtime.engine import Engine
 from runtime.errors import RequestError
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampler, Sampling
-from runtime.text.tokenizer import encode
+from runtime.text.tokenizer import decode, encode
 
 ANSWERS = {"prompt": ("line", "new_ids", "text"), "text": ("line", "prediction")}  # names that are added, by the key
 
@@ -168,7 +168,7 @@ def generate_file(
 
     def answers(left: list[Prompt]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
         for prompt, new in generate_many(engine, left, max_new_tokens, slots, **sampling):
-            text = {} if engine.tokenizer is None else {"text": engine.tokenizer.decode(new)}
+            text = {} if engine.tokenizer is None else {"text": decode(engine.tokenizer, new)}
             yield prompt, {"new_ids": new, **text}
 
     engine.check_task(classifies=False)

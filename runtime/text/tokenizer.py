@@ -6,29 +6,50 @@ from tokenizers import Tokenizer
 
 from runtime.artifact.manifest import Artifact
 from runtime.errors import ArtifactError, RequestError
+from runtime.text.limits import check_growth, check_length, guarded
 
 TOKENIZER = "tokenizer.json"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer | None:
-    """The artifact's tokenizer, or None where it has none."""
+    """The artifact's tokenizer, or None where it has none. Raises `ArtifactError` for one that is unfit for use.
+
+    Truncation and padding, which a tokenizer.json keeps from its training, are left out: a prompt is read as it is.
+    """
     text = artifact.texts.get(TOKENIZER)
     if text is None:
         return None
+
+    def unfit(reason: object) -> ArtifactError:
+        return ArtifactError(f"{artifact.path / TOKENIZER}: is no tokenizer: {reason}")
+
+    tokenizer = guarded(lambda: Tokenizer.from_buffer(text), unfit)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     try:
-        return Tokenizer.from_buffer(text)
-    except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ArtifactError(f"{artifact.path / TOKENIZER}: is no tokenizer: {error}") from error
+        check_growth(tokenizer)
+    except ValueError as error:
+        raise unfit(error) from error
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list[int]:
-    """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer."""
+    """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer, or it cannot read the prompt."""
     if tokenizer is None:
         raise RequestError(f"{artifact.path}: has no {TOKENIZER}; give token ids instead (--ids, generate_ids)")
-    return tokenizer.encode(prompt).ids
+    check_length(tokenizer, prompt, artifact.graph.max_length)
+    return guarded(
+        lambda: tokenizer.encode(prompt).ids,
+        lambda reason: RequestError(f"{artifact.path / TOKENIZER}: cannot read the prompt: {reason}"),
+    )
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids. Raises `RequestError` where the tokenizer cannot write it."""
+    return guarded(
+        lambda: tokenizer.decode(ids), lambda reason: RequestError(f"{TOKENIZER}: cannot write the text: {reason}")
+    )
 
 
 class TextStream:
@@ -41,18 +62,18 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that is certain with this id and was not before."""
         self._held.append(token)
-        text = self._tokenizer.decode(self._held)
+        text = decode(self._tokenizer, self._held)
         if text.endswith(UNFINISHED):
             return ""
         new = text[len(self._said) :]
         # Keep one token of context: how a token is spelt can depend on the one before it.
         self._held = self._held[-1:]
-        self._said = self._tokenizer.decode(self._held)
+        self._said = decode(self._tokenizer, self._held)
         return new
 
     def finish(self) -> str:
         """What is held back, when no more ids come."""
-        text = self._tokenizer.decode(self._held) if self._held else ""
+        text = decode(self._tokenizer, self._held) if self._held else ""
         return text[len(self._said) :]
 
 
