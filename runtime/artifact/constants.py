@@ -44,8 +44,10 @@ def check_constants(
     most = TIMES * sum(elements.values()) + SMALL
     made = 0
     for node in nodes:
-        if not known.issuperset(node.inputs):
-            raise OnnxFormatError(f"its operator {node.type!r} reads what no operator before it writes")
+        if missing := [name for name in node.inputs if name not in known]:
+            raise OnnxFormatError(
+                f"its operator {node.type!r} reads {missing[0][:60]!r}, which nothing before it writes"
+            )
         known.update(node.outputs)
         if not all(name in elements or not name for name in node.inputs):
             continue
