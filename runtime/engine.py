@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.artifact.manifest import Artifact, open_artifact
+from runtime.artifact.integrity import open_artifact
+from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Options, Session
 from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError

@@ -24,7 +24,8 @@ import onnx_ir as ir
 from export.errors import ExportError
 from export.lower import widen
 from export.quantization.graph import specialize
-from runtime.artifact.manifest import MANIFEST, SCHEMA, Window, file_hash, input_names
+from runtime.artifact.integrity import file_hash
+from runtime.artifact.manifest import MANIFEST, SCHEMA, Window, input_names
 from runtime.artifact.signature import SIGNATURE
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from runtime import ArtifactError
-from runtime.artifact.manifest import read_artifact
+from runtime.artifact.integrity import read_artifact
 from runtime.text.labels import label_names
 
 

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from export.errors import ExportError
 from export.package.directory import write_file
-from runtime.artifact.manifest import read_artifact
+from runtime.artifact.integrity import read_artifact
 from runtime.artifact.signature import SIGNATURE
 
 

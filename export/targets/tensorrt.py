@@ -23,7 +23,8 @@ from export.errors import ExportError, VerificationError
 from export.package.directory import MODULE, check_free, replacing, write_manifest
 from export.targets.onnx_graph import DTYPES, export_onnx
 from export.verification.compare import Comparison, worst
-from runtime.artifact.manifest import MANIFEST, NEXT_IDS, Artifact, read_artifact
+from runtime.artifact.integrity import read_artifact
+from runtime.artifact.manifest import MANIFEST, NEXT_IDS, Artifact
 from runtime.backends.cuda import Device, gpu_count
 from runtime.backends.tensorrt_editions import MODULES, how_to_install, import_builder, installed
 

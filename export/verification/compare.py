@@ -24,7 +24,8 @@ from export.source import load_model
 from export.verification.bias_probe import Values, drawn_biases, with_biases
 from export.verification.ranges import BiasRange, watched_biases
 from runtime import ArtifactError, Engine, load
-from runtime.artifact.manifest import MANIFEST, Window, read_artifact
+from runtime.artifact.integrity import read_artifact
+from runtime.artifact.manifest import MANIFEST, Window
 from runtime.artifact.signature import SIGNATURE
 from runtime.backends.ort_cpu import OnnxSession
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead

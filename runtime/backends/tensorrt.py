@@ -5,11 +5,12 @@ B batch, S new tokens, C cache capacity.
 
 from typing import Any
 
-from runtime.artifact.manifest import NEXT_IDS, Artifact, EngineFile
+from runtime.artifact.manifest import NEXT_IDS, Artifact
 from runtime.backends.base import Options
 from runtime.backends.cuda import Device, gpu_count, start_driver
 from runtime.backends.gpu_session import GpuSession
 from runtime.backends.tensorrt_editions import how_to_install, import_builder, installed
+from runtime.backends.tensorrt_entry import EngineFile, engine_entries
 from runtime.errors import ArtifactError, RequestError
 
 
@@ -22,7 +23,7 @@ def choose_engine(artifact: Artifact) -> EngineFile:
         f"{artifact.path}: has no TensorRT engine; build one with "
         f"wm-export tensorrt {artifact.path} --out {artifact.path} --force"
     )
-    for engine in artifact.engines:
+    for engine in engine_entries(artifact):
         if not installed(engine.builder):
             reason = f"{artifact.path / engine.file}: needs {engine.builder}; {how_to_install(engine.builder)}"
         elif (version := import_builder(engine.builder).__version__) != engine.version:

@@ -14,7 +14,8 @@ from export import export_onnx
 from export.lower import cache_window, lower
 from export.package.directory import describe, label_count, parameter_count, save_graph, write_manifest
 from export.targets.onnx_graph import DTYPES, SPARE
-from runtime.artifact.manifest import Artifact, read_artifact
+from runtime.artifact.integrity import read_artifact
+from runtime.artifact.manifest import Artifact
 from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
 HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}

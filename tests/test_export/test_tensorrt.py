@@ -14,7 +14,9 @@ from conftest import SMALL, ours, randomise, rival
 from export import ExportError, build_tensorrt
 from export.package.inspection import inspect_artifact
 from export.targets import tensorrt as engines
-from runtime.artifact.manifest import INPUTS, NEXT_IDS, ArtifactError, read_artifact
+from runtime.artifact.integrity import read_artifact
+from runtime.artifact.manifest import INPUTS, NEXT_IDS
+from runtime.errors import ArtifactError
 from test_export.conftest import interrupted, lowered, save_checkpoint
 from wm_models import DogeConfig, DogeForCausalLM, create
 from wm_models.cheems import CheemsForCausalLM

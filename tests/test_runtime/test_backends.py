@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from export.targets.tensorrt import specialise
 from runtime import RequestError, load
-from runtime.artifact.manifest import file_hash, read_artifact
+from runtime.artifact.integrity import file_hash, read_artifact
 from runtime.backends import cuda, ort_gpu, tensorrt
 from runtime.backends.base import Options
 from runtime.backends.registry import BACKENDS, choose_backend

@@ -273,8 +273,8 @@ def change_manifest(directory, change):
     ("change", "words"),
     [
         (lambda m: m.update(schema=2), "schema 2.*upgrade"),
-        (lambda m: m.pop("graph"), "graph is nothing"),
-        (lambda m: m.update(files=[]), "files is list"),
+        (lambda m: m.pop("graph"), "graph is missing"),
+        (lambda m: m.update(files=[]), "files is array; expected object"),
         (lambda m: m["graph"].update(max_batch="8"), "max_batch is str"),
         (lambda m: m["graph"].update(capacities=[]), "capacities"),
         (lambda m: m["graph"]["states"][0].update(shape=["batch", -1]), "shape"),

@@ -7,7 +7,7 @@ from conftest import ours, rival
 from test_export.conftest import lowered
 
 from runtime import RequestError, load
-from runtime.artifact.manifest import read_artifact
+from runtime.artifact.integrity import read_artifact
 from runtime.backends import cuda
 from runtime.backends import ort_gpu as onnx_gpu
 from runtime.backends.ort_cpu import OnnxSession

@@ -51,7 +51,7 @@ def made(request, tmp_path_factory):
 
 
 def change(directory, edit, rehash=None):
-    from runtime.artifact.manifest import file_hash
+    from runtime.artifact.integrity import file_hash
 
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())

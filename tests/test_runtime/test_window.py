@@ -103,9 +103,9 @@ def test_caches_in_a_gpu(made, monkeypatch, backend):
     [
         ({"window": {"keep": 32, "rows": 32}}, "keep is 32; expected 1 to 31"),
         ({"window": {"keep": 8, "rows": 201}}, "rows is 201; expected 1 to 200"),
-        ({"window": {"keep": 8}}, "window: rows is nothing; expected int"),
-        ({"window": 3}, "window is int; expected dict"),
-        ({"window": None}, "window is NoneType; expected dict"),
+        ({"window": {"keep": 8}}, "graph.window.rows is missing"),
+        ({"window": 3}, "graph.window is int; expected object"),
+        ({"window": None}, "graph.window is null"),
     ],
 )
 def test_a_bad_window(made, tmp_path, edit, words):

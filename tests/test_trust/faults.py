@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 
 from export import export_onnx, sign, verify
-from runtime.artifact.manifest import read_artifact
+from runtime.artifact.integrity import read_artifact
 from wm_models.training import Recipe, train
 from wm_models.training.trainer import KEPT_CHECKPOINTS
 

@@ -216,7 +216,7 @@ class Manifests(Target):
         return make_artifact(root)
 
     def load(self) -> None:
-        from runtime.artifact.manifest import read_artifact
+        from runtime.artifact.integrity import read_artifact
 
         read_artifact(self.directory)
 
@@ -281,13 +281,15 @@ class Engines(Manifests):
         return directory
 
     def load(self) -> None:
-        from runtime.artifact.manifest import read_artifact
+        from runtime.artifact.integrity import read_artifact
         from runtime.backends.tensorrt import choose_engine, runs_on
+        from runtime.backends.tensorrt_entry import engine_entries
 
         artifact = read_artifact(self.directory)
-        for engine in artifact.engines:
+        engines = engine_entries(artifact)
+        for engine in engines:
             runs_on(engine, "8.9")
-        if artifact.engines:
+        if engines:
             choose_engine(artifact)
 
 

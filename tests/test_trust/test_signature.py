@@ -62,7 +62,7 @@ def test_signed_weights_are_hashed_before_they_are_loaded(copy, keys, monkeypatc
     data[0] ^= 1
     (copy / "model.onnx.data").write_bytes(data)
     loaded = []
-    monkeypatch.setattr("runtime.engine.OnnxSession", lambda *arguments: loaded.append(arguments))
+    monkeypatch.setattr("runtime.backends.ort_cpu.OnnxSession", lambda *arguments: loaded.append(arguments))
     for key, sessions in ((public, 0), (None, 1)):
         with pytest.raises(ArtifactError, match=r"model\.onnx\.data: SHA-256"):
             load(copy, public_key=key)
