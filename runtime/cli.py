@@ -1,4 +1,4 @@
-"""The command `wm-run`: generate, classify, bench."""
+"""The command `wm-run`: generate, classify, serve, bench."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ from runtime.bench import BenchOptions, measure, plot, render, table_rows
 from runtime.console import command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
+from runtime.serve.options import ServeOptions, missing_packages
 from runtime.text.labels import label_scores
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
@@ -111,6 +112,34 @@ def classify(
     scores = label_scores(engine.artifact, logits)[0]
     for index in (-scores).argsort(kind="stable"):
         print(f"{engine.labels[index]}: {scores[index]:.4g}")
+
+
+@command(app)
+def serve(
+    directory: Directory,
+    options: ServeOptions,
+    backend: Backend = "auto",
+    device: Device = None,
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    allow_unverified: Unverified = False,
+) -> None:
+    """Serve a model over HTTP, to clients of the OpenAI API and at a page of its own."""
+    if missing := missing_packages():
+        raise RequestError(f"not installed: {', '.join(missing)}; install with pip install 'wm-models[serve]'")
+    from runtime.serve.app import create_app
+    from runtime.serve.server import bind, serve
+
+    listening = bind(options)
+    engine = load(
+        directory, backend, device=device, threads=threads, allow_unverified=allow_unverified, public_key=public_key
+    )
+    application = create_app(engine, options)
+    host, port = listening.getsockname()[:2]
+    print(
+        f"serving {application.state.service.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True
+    )
+    serve(application, options, listening)
 
 
 @command(app)

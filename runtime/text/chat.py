@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from runtime.artifact.manifest import Artifact
 from runtime.errors import ArtifactError, RequestError
 from runtime.text.sandbox import Sandbox
@@ -84,14 +86,20 @@ def load_chat_template(artifact: Artifact) -> ChatTemplate | None:
     return ChatTemplate(templates, _special_tokens({**artifact.read_json(SPECIAL_TOKENS), **config}))
 
 
-def require_chat_template(template: ChatTemplate | None, artifact: Artifact) -> ChatTemplate:
-    """The template. Raises `RequestError` where there is none."""
-    if template is None:
+def encode_chat(
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer | None,
+    artifact: Artifact,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids of a prompt for the assistant's next message. Raises `RequestError` where there is no template."""
+    if template is None or tokenizer is None:
         raise RequestError(
-            f"{artifact.path}: has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG}); "
-            "give a prompt instead of messages"
+            f"{artifact.path}: has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG}) or no "
+            "tokenizer; give a prompt instead of messages"
         )
-    return template
+    return tokenizer.encode(template.render(messages, variables=variables), add_special_tokens=False).ids
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
