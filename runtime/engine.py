@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from runtime.artifact.integrity import open_artifact
 from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Options, Session
 from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
-from runtime.host.lock import Exclusive, exclusive
+from runtime.ids import as_integers
+from runtime.slots import Slots
 from runtime.text.labels import CONFIG, label_names
 from runtime.text.sampling import Sampler, Sampling
-from runtime.text.tokenizer import encode, load_tokenizer, pieces, until
+from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer, pieces, until
 
 
 def load(
@@ -53,125 +53,37 @@ def load(
     return Engine(artifact, session)
 
 
-class Engine:
-    """A model that is ready to run, with a slot for each sequence of a batch.
+class Engine(Slots):
+    """A model that is ready to run, with a slot for each sequence of a batch: `Slots`, and text on top of them.
 
-    `prefill` after `reset` decides the number of slots. Token ids are checked; arrays are numpy's. One thread uses it
-    at a time: another one's call raises `RequestError` at once, as does a stream whose slot was used meanwhile, and
-    any use in a process forked since it was loaded. `labels` are a classifier's, by name; a language model has none.
+    A context manager: `with load(path) as engine` closes it at the end. `graph` says what the model allows. `end_ids`:
+    the ids that end a sequence. `tokenizer`: None where the artifact has none. `labels`: a classifier's, by name; a
+    language model has none. A stream whose slot was used by another call raises `RequestError`.
     """
 
     def __init__(self, artifact: Artifact, session: Session):
-        self.artifact, self.graph, self.session = artifact, session.graph, session
+        super().__init__(session)
+        self.artifact = artifact
         self.tokenizer = load_tokenizer(artifact)
         self.end_ids = _end_ids(artifact)
         self.labels = label_names(artifact)
         padding = artifact.read_json(CONFIG).get("pad_token_id")
         self._padding = padding if isinstance(padding, int) else -1  # which is no id
-        self.in_use = Exclusive()
-        self._lengths = np.zeros(0, np.int64)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens in each slot, (B,), int64."""
-        return self._lengths.copy()
+    def __enter__(self) -> "Engine":
+        return self
 
-    @exclusive
-    def reset(self) -> None:
-        """Empty every slot."""
-        self._lengths = np.zeros(0, np.int64)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    @exclusive
-    def reserve(self, batch: int, length: int) -> None:
-        """Make `batch` empty slots with memory for `length` tokens, so that they need none on the way.
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, special tokens of the tokenizer included. Raises `RequestError` without a tokenizer."""
+        return encode(self.tokenizer, text, self.artifact)
 
-        Optional: `prefill` makes slots for what it is given, and a step grows them.
-        """
-        self.session.allocate(batch, self.bucket(length))
-        self._lengths = np.zeros(batch, np.int64)
-
-    @exclusive
-    def prefill(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> np.ndarray:
-        """Append tokens to the slots: ids (B, S), right-padded, of which lengths (B,) are real (default: all).
-
-        A slot of length 0 is idle and keeps its content; its logits mean nothing. Returns logits (B, V), float32, of
-        each slot's last real token, in a buffer that the next call may overwrite. Raises `RequestError` before
-        anything runs where an id is outside the vocabulary or a slot would pass the artifact's length.
-        """
-        return self.append(ids, lengths)
-
-    @exclusive
-    def append(self, ids: npt.ArrayLike, lengths: npt.ArrayLike | None = None, argmax: bool = False) -> np.ndarray:
-        """`prefill`, or the `argmax` ids (B,) in place of the logits, -1 where those are not finite."""
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (B, S), neither of them 0")
-        batch, width = ids.shape
-        new = np.full(batch, width) if lengths is None else np.asarray(lengths)
-        if new.shape != (batch,) or new.dtype.kind not in "iu" or new.min() < 0 or new.max() > width:
-            raise RequestError(f"lengths are {new.tolist()}; expected {batch} integers from 0 to {width}")
-        self._check(ids, new)
-        if not self._lengths.size:
-            self.reserve(batch, width)
-        result: np.ndarray | None = None
-        done = 0
-        while done < width:
-            size = self._fit(width - done)
-            real = np.minimum(np.maximum(new - done, 0), size)
-            found = self.session.step(ids[:, done : done + size], self._lengths, real, argmax)
-            self._lengths = self._lengths + real
-            if done == 0 and size == width:
-                return found
-            took = (real > 0) if argmax else (real > 0)[:, None]
-            result = found.copy() if result is None else np.where(took, found, result)
-            done += size
-        assert result is not None
-        return result
-
-    def decode(self, ids: npt.ArrayLike) -> np.ndarray:
-        """Append one token to every slot: ids (B,) to logits (B, V), float32, in a buffer the next call overwrites."""
-        ids = np.asarray(ids)
-        if ids.shape != self._lengths.shape or not ids.size:
-            raise RequestError(
-                f"ids have shape {ids.shape}; expected {self._lengths.shape}, one a slot, after a prefill"
-            )
-        return self.prefill(ids[:, None])
-
-    @exclusive
-    def join(self, slot: int, ids: Sequence[int]) -> np.ndarray:
-        """Begin a sequence in one slot, after `reserve`; the others are neither read nor written.
-
-        What the slot held is forgotten. Returns logits (V,), float32, of the last id. Raises `RequestError`.
-        """
-        if not 0 <= slot < self._lengths.size:
-            raise RequestError(f"slot is {slot}; there are {self._lengths.size}, made by reserve")
-        self.check_prompt(ids)
-        if len(ids) > self.session.capacity:
-            self.session.grow(self.bucket(len(ids)))
-        self.leave(slot)
-        self.session.clear_slot(slot)
-        found = np.zeros(0, np.float32)
-        for start in range(0, len(ids), self.session.chunk):
-            chunk = np.asarray(ids[start : start + self.session.chunk])
-            found = self.session.step_slot(slot, chunk, self._lengths)[-1]
-            self._lengths[slot] += len(chunk)
-        return found
-
-    @exclusive
-    def leave(self, slot: int) -> None:
-        """End the slot's sequence: it is idle until another joins."""
-        self._lengths = self._lengths.copy()
-        self._lengths[slot] = 0
-
-    @property
-    def held(self) -> object:
-        """What the slots hold now, to be given to `check_held` later."""
-        return self._lengths  # every change of a slot's length makes a new array
-
-    def check_held(self, held: object) -> None:
-        """Raise `RequestError` where a call has used the slots since they were `held`."""
-        if held is not self._lengths:
-            raise RequestError("another call used these slots meanwhile; finish one generation before the next begins")
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens. Raises `RequestError` without a tokenizer."""
+        tokenizer = check_tokenizer(self.tokenizer, self.artifact)
+        return decode(tokenizer, as_integers(ids, "ids", 1).tolist()) if len(ids) else ""
 
     def check_task(self, classifies: bool) -> None:
         """Raise `RequestError` where this is a language model and a classifier is asked for, or the reverse."""
@@ -179,12 +91,6 @@ class Engine:
             raise RequestError(f"{self.artifact.path}: is a language model, which has no labels; use generate")
         if not classifies and self.labels:
             raise RequestError(f"{self.artifact.path}: is a classifier, which writes no text; use classify")
-
-    def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise `RequestError` unless `ids` may begin a sequence."""
-        if not len(ids):
-            raise RequestError("the prompt is empty; expected at least one token")
-        self._check(np.asarray(ids)[None], np.array([len(ids)]), fresh=True)
 
     def generate_ids(
         self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
@@ -248,7 +154,7 @@ class Engine:
         `sampling`: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`. Raises `RequestError`.
         """
         self.check_task(classifies=False)
-        ids = encode(self.tokenizer, prompt, self.artifact)
+        ids = self.encode(prompt)
         assert self.tokenizer is not None  # or encode had raised
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         return until(pieces(self.tokenizer, self.stream_ids(ids, max_new_tokens, **sampling)), stops)
@@ -261,10 +167,12 @@ class Engine:
         does not fit.
         """
         self.check_task(classifies=True)
+        if not isinstance(inputs, str | list | tuple | range | np.ndarray):
+            raise RequestError(f"inputs are {type(inputs).__name__}; expected a text, ids, or several of them")
         single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], Integral))
         rows: Any = [inputs] if single else inputs
-        rows = [encode(self.tokenizer, row, self.artifact) if isinstance(row, str) else row for row in rows]
-        if not rows:
+        rows = [self.encode(row) if isinstance(row, str) else row for row in rows]
+        if not len(rows):
             raise RequestError("there is nothing to classify; expected a text, ids, or several of them")
         found = dict(self.classify_each(rows))
         return np.stack([found[index] for index in range(len(rows))])
@@ -277,11 +185,8 @@ class Engine:
         self.check_task(classifies=True)
         texts = []
         for index, row in enumerate(rows):
-            ids = np.asarray(row)
             try:
-                if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-                    raise RequestError(f"ids are {ids.dtype} of shape {ids.shape}; expected integers (S,)")
-                self.check_prompt(row)
+                ids = self.check_prompt(row)
             except RequestError as error:
                 raise RequestError(f"input {index + 1}: {error}") from error
             real = np.flatnonzero(ids != self._padding)
@@ -298,52 +203,11 @@ class Engine:
                 ids[row, : lengths[row]] = texts[index]
             with self.in_use:
                 self.reserve(*ids.shape)
-                logits = self.prefill(ids, lengths).copy()
+                logits = self.prefill(ids, lengths)
             for index, row in zip(chosen, logits, strict=True):
                 if not np.isfinite(row).all():
                     raise RequestError(f"the logits of input {index + 1} are not finite; the weights or dtype overflow")
                 yield index, row
-
-    def _check(self, ids: np.ndarray, new: np.ndarray, fresh: bool = False) -> None:
-        """Raise `RequestError` unless ids (B, S), of which new (B,) are real, may be appended."""
-        batch = ids.shape[0]
-        if batch > self.graph.max_batch:
-            raise RequestError(f"the batch is {batch}; this artifact serves up to {self.graph.max_batch} slots")
-        held = np.zeros(batch, np.int64) if fresh or not self._lengths.size else self._lengths
-        if held.size != batch:
-            raise RequestError(f"the batch is {batch}, but {held.size} slots are in use; reset the engine first")
-        total = held + new
-        if total.max() > self.graph.max_length:
-            slot = int(total.argmax())
-            raise RequestError(
-                f"slot {slot} would hold {total[slot]} tokens; this artifact's capacity is {self.graph.max_length}"
-            )
-        if ids.min() >= 0 and ids.max() < self.graph.vocabulary:
-            return
-        wrong = (ids < 0) | (ids >= self.graph.vocabulary)
-        wrong &= np.arange(ids.shape[1]) < new[:, None]
-        for slot, at in np.argwhere(wrong):
-            raise RequestError(
-                f"token id {ids[slot, at]} at position {at} of slot {slot}; expected 0 to {self.graph.vocabulary - 1}"
-            )
-
-    def bucket(self, length: int) -> int:
-        """The smallest capacity for slots of `length` tokens."""
-        return next((size for size in self.graph.capacities if size >= length), self.graph.max_length)
-
-    def _fit(self, width: int) -> int:
-        """How many columns of `width` the next step takes, growing the caches where a larger bucket exists.
-
-        Padding is written too, so every slot that is not full needs room for the whole chunk. Where even the largest
-        bucket has none, the chunk is cut: the slots whose tokens are done sit the rest out.
-        """
-        held = self._lengths[self._lengths < self.graph.max_length]
-        longest = int(held.max(initial=0))
-        if longest + width > self.session.capacity:
-            capacity = self.bucket(longest + width)
-            if capacity > self.session.capacity:
-                self.session.grow(capacity)
-        return max(1, min(width, self.session.capacity - longest, self.session.chunk))
 
 
 def _end_ids(artifact: Artifact) -> frozenset[int]:

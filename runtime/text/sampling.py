@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.console import option
 from runtime.errors import RequestError
 
 LARGEST = 1e300  # where penalised logits end, so that their differences are finite
@@ -23,23 +24,24 @@ class Sampling:
     `RequestError` for other values.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: float = option(0.0, "0 takes the most likely token.")
+    top_k: int = option(0, "Sample among the k most likely tokens; 0: all.")
+    top_p: float = option(1.0, "Sample among the most likely tokens that make up this share.")
+    repetition_penalty: float = option(1.0, "Above 1 discourages repetition.")
+    seed: int | None = option(None, "Makes sampling repeatable.")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
-        if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}; expected 0 (off) or more")
-        if not 0 <= self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}; expected 0 to 1 (off)")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise RequestError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0, 1 for none")
-        if self.seed is not None and (not isinstance(self.seed, int | np.integer) or self.seed < 0):
-            raise RequestError(f"seed is {self.seed}; expected 0 or more, or none")
+        whole, number = (int, np.integer), (int, float, np.integer, np.floating)
+        for name, kinds, valid, expected in (
+            ("temperature", number, lambda value: 0 <= value < np.inf, "0 (greedy) or more"),
+            ("top_k", whole, lambda value: value >= 0, "0 (off) or more, an integer"),
+            ("top_p", number, lambda value: 0 <= value <= 1, "0 to 1 (off)"),
+            ("repetition_penalty", number, lambda value: 0 < value < np.inf, "more than 0, 1 for none"),
+            ("seed", (*whole, type(None)), lambda value: value is None or value >= 0, "0 or more, or none"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not valid(value):
+                raise RequestError(f"{name} is {str(value)[:60]}; expected {expected}")
 
     @property
     def greedy(self) -> bool:

@@ -34,13 +34,21 @@ def load_tokenizer(artifact: Artifact) -> Tokenizer | None:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list[int]:
-    """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer, or it cannot read the prompt."""
+def check_tokenizer(tokenizer: Tokenizer | None, artifact: Artifact) -> Tokenizer:
+    """The tokenizer. Raises `RequestError` where the artifact has none."""
     if tokenizer is None:
         raise RequestError(f"{artifact.path}: has no {TOKENIZER}; give token ids instead (--ids, generate_ids)")
-    check_length(tokenizer, prompt, artifact.graph.max_length)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list[int]:
+    """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer, or it cannot read the prompt."""
+    known = check_tokenizer(tokenizer, artifact)
+    if not isinstance(prompt, str):
+        raise RequestError(f"the prompt is {type(prompt).__name__}; expected a text")
+    check_length(known, prompt, artifact.graph.max_length)
     return guarded(
-        lambda: tokenizer.encode(prompt).ids,
+        lambda: known.encode(prompt).ids,
         lambda reason: RequestError(f"{artifact.path / TOKENIZER}: cannot read the prompt: {reason}"),
     )
 

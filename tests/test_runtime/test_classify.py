@@ -102,7 +102,7 @@ def test_scores_of_the_most_likely_label_of_a_file(engine, tmp_path):
         ("", "input 1: the prompt is empty"),
         (["x", []], "input 2: the prompt is empty"),
         ([[1], [1, 40000]], "input 2: token id 40000 at position 1"),
-        ([[1], [0.5]], "input 2: ids are float64"),
+        ([[1], [0.5]], "input 2: ids are not all integers"),
         ([[[1]]], r"input 1: ids are int64 of shape \(1, 1\)"),
         ([1] * 101, "101 tokens; this artifact's capacity is 100"),
     ],

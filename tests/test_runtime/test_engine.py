@@ -174,7 +174,7 @@ def test_what_is_wrong_with_weights_is_said_whatever_comes_of_them(copy, monkeyp
     def fail(*arguments):
         raise ArtifactError("ONNX Runtime refuses it")
 
-    monkeypatch.setattr("runtime.engine.OnnxSession", fail)
+    monkeypatch.setattr("runtime.backends.ort_cpu.OnnxSession", fail)
     with pytest.raises(ArtifactError, match=r"model\.onnx\.data: SHA-256"):
         load(copy)
 

@@ -22,9 +22,9 @@ SOUND = (ARTIFACT / "manifest.json").read_bytes()
 def test_an_artifact_of_the_first_release():
     """Its logits are those that release 0.1.0 computed; another processor may round otherwise."""
     engine = load(ARTIFACT, "cpu", threads=1)
-    found = [engine.prefill(np.random.default_rng(0).integers(3, 259, (1, 90))).copy()]
+    found = [engine.prefill(np.random.default_rng(0).integers(3, 259, (1, 90)))]
     for _ in range(12):
-        found.append(engine.decode([int(found[-1][0].argmax())]).copy())
+        found.append(engine.decode([int(found[-1][0].argmax())]))
     np.testing.assert_allclose(np.concatenate(found), np.load(DATA / "artifact-schema-1.npy"), rtol=0, atol=1e-5)
 
 
