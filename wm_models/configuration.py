@@ -7,6 +7,8 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
+from wm_models.layers.mixers import MIXERS
+
 EVERY_KEY = 2**31 - 1  # a keep window for models that have none
 ROUTINGS = ("token", "batch", "product_keys")
 
@@ -141,8 +143,9 @@ class DogeConfig(transformers.DogeConfig):
 class CheemsConfig(DogeConfig):
     """Hyper-parameters of a Cheems model: those of Doge, and which of its layers are attention.
 
-    Layer i is attention where `i % attn_layer_period == attn_layer_offset`, else SSD, in chunks of `ssd_chunk_size`
-    tokens. A period that leaves no attention or no SSD layer is allowed; the log says so.
+    Layer i is attention where `i % attn_layer_period == attn_layer_offset`. The others hold `sequence_mixer`, a name
+    of `layers.mixers.MIXERS`: "ssd", in chunks of `ssd_chunk_size` tokens, or what a program has registered. A period
+    that leaves no layer of attention or none of the other is allowed; the log says so.
     Attention has a row of biases for each query head, no norms of queries and keys, and no keep window, unless told.
     """
 
@@ -158,6 +161,7 @@ class CheemsConfig(DogeConfig):
     attn_layer_period: int = 8
     attn_layer_offset: int = 7
     ssd_chunk_size: int = 64
+    sequence_mixer: str = "ssd"
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("attn_layer_period", "ssd_chunk_size"):
@@ -168,11 +172,18 @@ class CheemsConfig(DogeConfig):
                 f"attn_layer_offset is {self.attn_layer_offset}; expected 0 to attn_layer_period - 1, "
                 f"{self.attn_layer_period - 1}"
             )
+        if self.sequence_mixer not in MIXERS:
+            raise ValueError(f"sequence_mixer is {self.sequence_mixer!r}; expected one of {', '.join(MIXERS)}")
         if self.num_bias_heads is None:
             self.num_bias_heads = self.num_attention_heads
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window}; Cheems has none, so expected None")
         super().__post_init__(**kwargs)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """The tensors in a mixer's state, in transformers' words: its caches read it."""
+        return len(MIXERS[self.sequence_mixer].cache_type._fields)
 
     @property
     def layer_types(self) -> list[str]:

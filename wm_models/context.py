@@ -1,11 +1,10 @@
-"""The two ways through a model: a pass of transformers' kind, and a step over static caches.
+"""The two contexts that a model runs in: transformers' own caches and masks, and a step over static caches.
 
-B batch, S new tokens, L keys seen, C cache capacity, H query heads, K key/value heads, d head size,
-Hm rows of the bias, w keys kept.
+B batch (slots), S new tokens, L keys seen, C cache capacity, D hidden size, H query heads, K key/value heads,
+d head size, Hm rows of the bias, w keys kept.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -15,11 +14,17 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils.deprecation import deprecate_kwarg
 
 from wm_models.configuration import DogeConfig
-from wm_models.layers.attention import AttentionCache, attend_packed, drop_smallest, keep_largest, pack_keys
+from wm_models.layers.attention import (
+    AttentionCache,
+    attend_packed,
+    cache_rows,
+    drop_smallest,
+    keep_largest,
+    pack_keys,
+)
+from wm_models.layers.context import Advance, LayerCache, State
 from wm_models.layers.rotary import RotaryEmbedding, rotate
-from wm_models.layers.ssd import SSDCache
 
-LayerCache: TypeAlias = AttentionCache | SSDCache
 # transformers' models take the cache under its earlier name for as long; so do these.
 earlier_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
@@ -62,7 +67,7 @@ def visible_keys(
     return mask
 
 
-class CachedPass:
+class CacheContext:
     """Training, prefill and `generate`: transformers' cache or none, and its masks.
 
     The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty and the
@@ -82,7 +87,7 @@ class CachedPass:
     ):
         self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
         self.empty, self.ratio = is_empty(cache), config.dynamic_mask_ratio
-        batch, length = inputs_embeds.shape[:2]
+        self.shape = batch, length = inputs_embeds.shape[:2]
         self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
         fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
         self.padding: torch.Tensor | None = None
@@ -103,23 +108,33 @@ class CachedPass:
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
 
-    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        # zeros or None where the cache is empty, whatever it says of a previous state
-        state = None if self.cache is None else self.cache.layers[layer].recurrent_states[0]  # type: ignore[union-attr]
-        y, state = advance(state=state, real=self.real, first=self.first)
+    def carry(self, layer: int, kind: Callable[..., State], advance: Advance[State]) -> torch.Tensor:
+        state = None
         if self.cache is not None:
-            self.cache.update_recurrent_state(state, layer)
+            # tensors of zeros or None where the cache is empty, whatever it says of a previous state
+            stored = tuple(self.cache.layers[layer].recurrent_states.values())  # type: ignore[union-attr]
+            state = None if any(tensor is None for tensor in stored) else kind(*stored)
+        y, new = advance(state=state, real=self.real, first=self.first)
+        if self.cache is not None:
+            for index, tensor in enumerate(new):
+                self.cache.update_recurrent_state(tensor, layer, index)
             if self.kinds[layer] == "hybrid":
-                count = y.new_zeros(y.shape[0], 1, y.shape[2], 1)
+                count = y.new_zeros(*self.shape, 1)[:, None]
                 self.cache.update(count, count, layer)
         return y
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         if self.padding is not None:
-            # low enough that the softmax gives zero, high enough that sqrt(d) times it is still finite
-            lowest = torch.finfo(bias.dtype).min / (2 * query.shape[-1] ** 0.5)
+            # low enough that the softmax gives zero, high enough that it is still finite when divided by the scale
+            lowest = torch.finfo(bias.dtype).min * scale / 2
             bias = torch.where(self.padding, bias, lowest)
         packed_key, packed_value = pack_keys(key, value, bias)
         if self.cache is not None:
@@ -135,7 +150,7 @@ class CachedPass:
                 mask = drop_smallest(biases, mask, self.lengths, self.ratio)
             if mask.shape[1] != 1:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        return attend_packed(query, packed_key, packed_value, mask, mask is None, self.documents)
+        return attend_packed(query, packed_key, packed_value, scale, mask, self.documents)
 
 
 def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
@@ -143,7 +158,7 @@ def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
     return packed_key[..., size:].transpose(2, 3).flatten(1, 2)
 
 
-class StepPass:
+class StepContext:
     """A chunk of new tokens for each slot of static caches, which are written in place.
 
     Tokens are placed at each slot's own `cache_lengths`. Row j is visible to new token s when
@@ -178,8 +193,8 @@ class StepPass:
             self.rotation = rotary(positions, self.lengths)
         self.real = (steps < sequence_lengths[:, None])[:, None]  # (B, 1, S)
         self.first = (positions == 0)[:, None] & self.real
-        # without an attention layer there is no capacity, and nothing of what follows is read
-        capacity = next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), length)
+        # without an attention layer nothing of what follows is read
+        capacity = cache_rows(caches) or length
         # A slot that is full takes no more tokens, so what an idle step writes over its end is never read.
         self.start = cache_lengths.clamp(max=capacity - length)
         rows = torch.arange(capacity, device=cache_lengths.device)
@@ -190,11 +205,10 @@ class StepPass:
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return rotate(x, *self.rotation)
 
-    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def carry(self, layer: int, kind: Callable[..., State], advance: Advance[State]) -> torch.Tensor:
         old = self.caches[layer]
-        assert isinstance(old, SSDCache)
-        y, state = advance(state=old.ssd, real=self.real, first=self.first)
-        self.written.append(SSDCache(self.replace(old.ssd, state)))
+        y, new = advance(state=kind(*old), real=self.real, first=self.first)
+        self.written.append(kind(*(self.replace(*pair) for pair in zip(old, new, strict=True))))
         return y
 
     def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -207,13 +221,16 @@ class StepPass:
         return cache.scatter_(2, rows[:, None, :, None].expand_as(new), new)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        old = self.caches[layer]
-        assert isinstance(old, AttentionCache)
-        cache = AttentionCache(
-            self.write(old.key, key), self.write(old.value, value), self.write(old.bias, bias[..., None])
-        )
+        new = key, value, bias[..., None]
+        cache = AttentionCache(*(self.write(*pair) for pair in zip(self.caches[layer], new, strict=True)))
         self.written.append(cache)
         biases = cache.bias.transpose(2, 3)  # (B, Hm, 1, C)
         lowest = torch.finfo(biases.dtype).min
@@ -232,11 +249,14 @@ class StepPass:
         groups = query.shape[1] // mask.shape[1]
         if groups > 1:
             mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
-        return self.attend_masked(query, cache.key, cache.value, mask)
+        return self.attend_masked(query, cache.key, cache.value, mask, scale)
 
     def attend_masked(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Attention with an additive mask: query (B, H, S, d), key and value (B, K, C, d), mask (B, H, S, C)."""
+        """Attention with an additive mask: query (B, H, S, d), key and value (B, K, C, d), mask (B, H, S, C).
+
+        `scale` multiplies the products of query and key, and not the mask.
+        """
         grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -6,8 +6,8 @@ B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabular
 n length of a router's score list.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,22 +21,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from wm_models.checkpoint.loader import field_options, find_checkpoint
 from wm_models.configuration import DogeConfig
-from wm_models.context import CachedPass, LayerCache, StepPass, earlier_cache_name, is_empty, past_length, visible_keys
-from wm_models.layers.attention import DMAttention, Pass, document_index
-from wm_models.layers.experts import ExpertMLP, ProductKeyExperts, feed_forward
+from wm_models.context import CacheContext, StepContext, earlier_cache_name, is_empty, past_length, visible_keys
+from wm_models.layers.attention import document_index
+from wm_models.layers.context import Context, LayerCache
+from wm_models.layers.experts import feed_forward
+from wm_models.layers.mixers import Mixer
 from wm_models.layers.rotary import RotaryEmbedding
-from wm_models.layers.ssd import SSDMixer
 from wm_models.losses import count_predictions, load_balancing_loss, next_token_loss
-
-
-class Mixer(Protocol):
-    """What mixes the tokens of a sequence: (B, S, D) -> (B, S, D), and the state it leaves behind."""
-
-    def __call__(self, x: torch.Tensor, run: Pass) -> torch.Tensor: ...
-
-    def new_cache(self, batch: int, capacity: int) -> LayerCache:
-        """An empty static cache: a tuple of named tensors whose first dimension is the slot."""
-        ...
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -51,14 +42,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = feed_forward(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
+    def start_values(self) -> dict[str, torch.Tensor]:
+        """Residuals of factor one."""
+        return {name: torch.ones_like(getattr(self, name)) for name in ("input_residual", "post_attention_residual")}
+
     @property
     def mixer(self) -> Mixer:
         """The sequence mixer, which a subclass keeps under its checkpoint's name."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's output, and its router's scores (B, S, h, 2, n) where it has experts."""
-        y = self.mixer(self.input_layernorm(x), run)
+        y = self.mixer(self.input_layernorm(x), context)
         x = self.input_residual * x + F.dropout(y, self.dropout, self.training)
         y, scores = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + F.dropout(y, self.dropout, self.training), scores
@@ -96,19 +91,13 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """transformers' start values, then a module's own: what its `start_values()` gives, by the name of each of its
+        parameters and buffers, is where training starts, unless a checkpoint has the tensor."""
         super()._init_weights(module)
-        if isinstance(module, DMAttention):
-            init.zeros_(module.A)
-        elif isinstance(module, SSDMixer):
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
-        elif isinstance(module, DecoderLayer):
-            init.ones_(module.input_residual)
-            init.ones_(module.post_attention_residual)
-        elif isinstance(module, ExpertMLP | RotaryEmbedding):
-            for name, value in module.constants().items():
+        start_values: Callable[[], dict[str, torch.Tensor]] | None = getattr(module, "start_values", None)
+        if start_values is not None:
+            for name, value in start_values().items():
                 init.copy_(getattr(module, name), value)
-        if isinstance(module, ProductKeyExperts):
-            init.normal_(module.keys, std=self.config.initializer_range)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -125,12 +114,12 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def run(self, x: torch.Tensor, run: Pass) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    def run(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Every layer and the final norm: (B, S, D) -> (B, S, D), then each layer's input, and its router's scores."""
         inputs, routers = [], []
         for layer in self.layers:
             inputs.append(x)
-            x, scores = layer(x, run)
+            x, scores = layer(x, context)
             routers.append(scores)
         return self.norm(x), inputs, routers
 
@@ -164,8 +153,8 @@ class DecoderModel(DecoderPreTrainedModel):
         elif attention_mask is None and cache is None:
             documents = document_index(position_ids)
         rotation = self.rotary_emb(position_ids, position_ids.amax(-1) + 1)
-        run = CachedPass(self.config, rotation, x, attention_mask, position_ids, cache, documents)
-        last, inputs, routers = self.run(x, run)
+        context = CacheContext(self.config, rotation, x, attention_mask, position_ids, cache, documents)
+        last, inputs, routers = self.run(x, context)
         return MoeModelOutputWithPast(
             last_hidden_state=last,
             cache=cache,
@@ -180,12 +169,12 @@ class DecoderModel(DecoderPreTrainedModel):
         sequence_lengths: torch.Tensor,
         caches: Sequence[LayerCache],
         dropped_lengths: torch.Tensor | None = None,
-        pass_type: type[StepPass] = StepPass,
+        context_type: type[StepContext] = StepContext,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """As `DecoderWithHead.step`, but returns the hidden states (B, S, D) and the caches."""
         lengths = cache_lengths, sequence_lengths
-        run = pass_type(self.config, self.rotary_emb, input_ids.shape[1], *lengths, caches, dropped_lengths)
-        return self.run(self.embed_tokens(input_ids), run)[0], run.written
+        context = context_type(self.config, self.rotary_emb, input_ids.shape[1], *lengths, caches, dropped_lengths)
+        return self.run(self.embed_tokens(input_ids), context)[0], context.written
 
 
 class DecoderWithHead(DecoderPreTrainedModel):
@@ -212,20 +201,20 @@ class DecoderWithHead(DecoderPreTrainedModel):
         dropped_lengths: torch.Tensor | None = None,
         *,
         all_logits: bool = False,
-        pass_type: type[StepPass] = StepPass,
+        context_type: type[StepContext] = StepContext,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """One chunk of tokens for every slot of static caches: the function that is compiled and exported.
 
         input_ids (B, S) int64, right-padded; cache_lengths (B) int64, the tokens each slot already holds;
         sequence_lengths (B) int64, each slot's real new tokens (0: the slot is idle and keeps its content).
         cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
-        cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were taken
-        out since, see `StepPass`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's last real
-        token, or (B, S, V) with `all_logits`, where V is a classifier's number of labels, and the caches, which
-        `StepPass` writes in place.
+        cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were
+        evicted since, see `StepContext`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's
+        last real token, or (B, S, V) with `all_logits`, where V is a classifier's number of labels, and the caches,
+        which `StepContext` writes in place.
         """
         lengths = cache_lengths, sequence_lengths
-        hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, pass_type)
+        hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, context_type)
         if not all_logits:
             last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
             hidden = hidden.gather(1, last)

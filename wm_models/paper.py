@@ -9,13 +9,13 @@ from torch import nn
 from transformers import Cache
 
 from wm_models.configuration import DogeConfig
-from wm_models.context import CachedPass, earlier_cache_name, past_length
+from wm_models.context import CacheContext, earlier_cache_name, past_length
 from wm_models.layers.attention import DMAttention
 from wm_models.layers.experts import ProductKeyExperts
 
 
-class UnrotatedPass(CachedPass):
-    """A pass without positions."""
+class UnrotatedContext(CacheContext):
+    """A context without positions."""
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -44,8 +44,8 @@ class DMAttn(DMAttention):
         steps = torch.arange(x.shape[1], device=x.device)
         positions = (steps + past_length(cache))[None]
         mask = None if attention_mask is None else attention_mask.bool()
-        run = UnrotatedPass(self.config, (x, x), x, mask, positions, cache)
-        return super().forward(x, run), cache
+        context = UnrotatedContext(self.config, (x, x), x, mask, positions, cache)
+        return super().forward(x, context), cache
 
 
 class CDMoE(ProductKeyExperts):

@@ -22,8 +22,8 @@ from typing import Any
 import onnx_ir as ir
 
 from export.errors import ExportError
-from export.lower import widen
 from export.quantization.graph import specialize
+from export.rewrites.widen_bfloat16 import widen_bfloat16
 from runtime.artifact.integrity import file_hash
 from runtime.artifact.manifest import MANIFEST, SCHEMA, Window, input_names
 from runtime.artifact.signature import SIGNATURE
@@ -172,7 +172,7 @@ def save_graph(graph: ir.Model, directory: Path, dtype: str, quantization: str =
             value.metadata_props.clear()
     ir.save(graph, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
     if dtype == "bfloat16":  # ONNX Runtime's CPU kernels know no bfloat16: a second graph over the same weights
-        ir.save(widen(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
+        ir.save(widen_bfloat16(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
     elif quantization != "none":
         ir.save(specialize(ir.load(directory / GRAPH)), directory / CPU_GRAPH)
 

@@ -179,13 +179,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_graph_is_found(exported, tmp_path, monkeypatch, fault):
     checkpoint = exported("dense")[0]
-    begin = graph.OnnxPass.__init__
+    begin = graph.OnnxContext.__init__
 
     def broken(self, *args, **kwargs):
         begin(self, *args, **kwargs)
         FAULTS[fault][1](self)
 
-    monkeypatch.setattr(graph.OnnxPass, "__init__", broken)
+    monkeypatch.setattr(graph.OnnxContext, "__init__", broken)
     verdicts = export_onnx(checkpoint, tmp_path / "artifact", max_length=200)
     assert not all(verdict.passed for verdict in verdicts)
     with pytest.raises(ArtifactError, match="verification"):
@@ -194,8 +194,9 @@ def test_a_wrong_graph_is_found(exported, tmp_path, monkeypatch, fault):
 
 
 def test_a_bias_left_out_is_found(exported, tmp_path, monkeypatch):
-    attend = graph.OnnxPass.attend
-    monkeypatch.setattr(graph.OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
+    attend = graph.OnnxContext.attend
+    without = lambda s, layer, q, k, v, bias, scale: attend(s, layer, q, k, v, bias * 0, scale)  # noqa: E731
+    monkeypatch.setattr(graph.OnnxContext, "attend", without)
     verdicts = export_onnx(exported("dense")[0], tmp_path / "artifact", max_length=200)
     assert not all(verdict.passed for verdict in verdicts)
 

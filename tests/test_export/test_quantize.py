@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, export_onnx
 from export.bench.floor import linear_layers
-from export.lower import OnnxPass
+from export.lower import OnnxContext
 from export.quantization.graph import (
     block_size,
     quantizable,
@@ -85,8 +85,9 @@ def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.A)
     model.save_pretrained(tmp_path / "checkpoint")
-    attend = OnnxPass.attend
-    monkeypatch.setattr(OnnxPass, "attend", lambda s, layer, q, k, v, b: attend(s, layer, q, k, v, b * 0))
+    attend = OnnxContext.attend
+    without = lambda s, layer, q, k, v, bias, scale: attend(s, layer, q, k, v, bias * 0, scale)  # noqa: E731
+    monkeypatch.setattr(OnnxContext, "attend", without)
     verdicts = export_onnx(tmp_path / "checkpoint", tmp_path / "out", quantize="int8", max_length=64, max_batch=2)
     assert [verdict.case for verdict in verdicts if not verdict.passed] == ["A drawn at random, prompts (33, 5)"]
 

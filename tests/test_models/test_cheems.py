@@ -190,7 +190,7 @@ def test_config_errors(change, words):
 @pytest.mark.parametrize(
     ("change", "kind"),
     [({"attn_layer_period": 1, "attn_layer_offset": 0}, "attention"), ({"attn_layer_period": 9,
-      "attn_layer_offset": 7}, "SSD")],
+      "attn_layer_offset": 7}, "ssd")],
 )  # fmt: skip
 def test_layers_of_one_kind_are_allowed_and_logged(change, kind, tokens, caplog):
     with caplog.at_level(logging.WARNING, logger="wm_models"):

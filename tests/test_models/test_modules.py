@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close, golden
 from transformers import DynamicCache
 
-from export.lower import unfuse_experts
+from export.forms import FormOptions, replace_layers
 from wm_models import CDMoE, DMAttn
 
 
@@ -76,7 +76,7 @@ def test_compiled_with_gradients(name):
 def test_exported(name, tmp_path):
     module, arguments, _, _ = made(name)
     if name == "cdmoe":
-        unfuse_experts(module)
+        replace_layers(module, FormOptions())
     open_dims = {0: "batch", 1: "length"}
     program = torch.onnx.export(
         module, arguments, dynamo=True, opset_version=24, verbose=False, dynamic_shapes=(open_dims,) * len(arguments)

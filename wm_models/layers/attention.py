@@ -5,8 +5,8 @@ Hm rows of the bias (K or H), w keys kept.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,31 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from wm_models.configuration import DogeConfig
-
-
-class Pass(Protocol):
-    """What one pass over the model knows that its layers do not: positions, caches, and which keys are visible."""
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, heads, S, d) turned to this pass's positions."""
-        ...
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """Remember this layer's new keys and attend over all remembered ones.
-
-        query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S). Returns (B, H, S, d).
-        """
-        ...
-
-    def carry(self, layer: int, advance: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Carry this layer's state over the new tokens.
-
-        `advance(state=, real=, first=)` gives the layer's output and its next state from the state (B, …), None where
-        there is none yet, and the masks of tokens, bool (B, 1, S): `real` or padding, and `first` of their sequence.
-        """
-        ...
+from wm_models.layers.context import Context, LayerCache
 
 
 class AttentionCache(NamedTuple):
@@ -50,11 +26,12 @@ class AttentionCache(NamedTuple):
 
 
 class DMAttention(nn.Module):
-    """One attention layer: (B, S, D) -> (B, S, D), with positions and caches supplied by the pass."""
+    """One attention layer: (B, S, D) -> (B, S, D); positions and caches are the context's."""
 
     def __init__(self, config: DogeConfig, layer: int):
         super().__init__()
         self.layer, self.head_size, self.key_value_heads = layer, config.head_size, config.key_value_heads
+        self.scale = config.head_size**-0.5  # of the products of query and key
         inner, narrow = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
@@ -67,12 +44,16 @@ class DMAttention(nn.Module):
             for _ in range(2)
         )
 
+    def start_values(self) -> dict[str, torch.Tensor]:
+        """With A = 0 every bias is 1, which the softmax cancels: training starts with plain attention."""
+        return {"A": torch.zeros_like(self.A)}
+
     def new_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""
         sizes = (self.key_value_heads, self.head_size), (self.key_value_heads, self.head_size), (self.A.shape[0], 1)
         return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm)."""
         value = self.v_proj(x)
         query, key = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
@@ -82,12 +63,17 @@ class DMAttention(nn.Module):
         """(B, S, heads·d) -> (B, heads, S, d)."""
         return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, run: Pass) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         query, key, value, dt = self.project(x)
-        query, key = run.rotate(self.q_norm(query)), run.rotate(self.k_norm(key))
+        query, key = context.rotate(self.q_norm(query)), context.rotate(self.k_norm(key))
         bias = torch.exp(self.A * F.softplus(dt)).transpose(1, 2)
-        y = run.attend(self.layer, query, key, value, bias)
+        y = context.attend(self.layer, query, key, value, bias, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def cache_rows(caches: Sequence[LayerCache]) -> int | None:
+    """C, the rows of the attention layers' caches; None where no layer has attention."""
+    return next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), None)
 
 
 def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +97,7 @@ def document_index(position_ids: torch.Tensor) -> torch.Tensor:
     return starts.cumsum(-1)
 
 
-def document_channels(documents: torch.Tensor, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def document_channels(documents: torch.Tensor, scale: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Channels for queries and for keys that keep the documents of a row apart under causal attention, without a mask.
 
     Their product, scaled, adds nothing within a document and -128 or less to a key of an earlier one, whose softmax
@@ -119,9 +105,9 @@ def document_channels(documents: torch.Tensor, size: int, dtype: torch.dtype) ->
     at zero, before the real channels begin, so it costs them no precision. Each index is two digits, so every number
     is exact in float32, bfloat16 and float16.
 
-    documents (B, S) int64 -> query's and key's (B, 1, S, 4), for heads of `size` channels.
+    documents (B, S) int64 -> query's and key's (B, 1, S, 4), for products that are multiplied by `scale`.
     """
-    unit = 2.0 ** math.ceil(math.log2(128 * size**0.5) / 2)
+    unit = 2.0 ** math.ceil(math.log2(128 / scale) / 2)
     digits = torch.stack([documents // 256, documents % 256], dim=-1).to(dtype)[:, None] * unit
     places = (torch.tensor([256.0, 1.0], dtype=dtype, device=documents.device) * unit).expand_as(digits)
     return torch.cat([places, -digits], dim=-1), torch.cat([digits, places], dim=-1)
@@ -131,24 +117,24 @@ def attend_packed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    scale: float,
     mask: torch.Tensor | None,
-    causal: bool,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
 
-    `mask`, bool or additive, broadcasts to (B, H, S, L); with `causal` (and no mask) query i sees keys 0 … i, and of
-    these only its own document's where `documents` (B, S) says which is whose. No S×L tensor is made here, and the
-    bias's gradient flows through the keys.
+    `scale` multiplies the products of query and key, and not the bias. `mask`, bool or additive, broadcasts to
+    (B, H, S, L). Without one query i sees keys 0 … i, and of these only its own document's where `documents` (B, S)
+    says which is whose. No S×L tensor is made here, and the bias's gradient flows through the keys.
     """
     heads, size = query.shape[1], query.shape[-1]
     groups = key.shape[-1] - size
     # head h reads bias channel h % G of its key head
-    channel = torch.eye(groups, dtype=query.dtype, device=query.device) * size**0.5
+    channel = torch.eye(groups, dtype=query.dtype, device=query.device) / scale
     channel = channel.repeat(heads // groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
     query = torch.cat([query, channel], dim=-1)
     if documents is not None:
-        query_side, key_side = document_channels(documents, size, query.dtype)
+        query_side, key_side = document_channels(documents, scale, query.dtype)
         query = torch.cat([query_side.expand(*query.shape[:2], -1, -1), query], dim=-1)
         key = torch.cat([key_side.expand(*key.shape[:2], -1, -1), key], dim=-1)
         value = F.pad(value, (0, key_side.shape[-1]))
@@ -157,8 +143,8 @@ def attend_packed(
         key,
         value,
         attn_mask=mask,
-        is_causal=causal,
-        scale=size**-0.5,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=key.shape[1] != heads,
     )[..., :size]
 

@@ -3,6 +3,7 @@
 B batch, S tokens, N = B·S, D hidden size, E experts, n = sqrt(E), h router heads, k experts a head, r retrieval size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import einx
@@ -84,6 +85,23 @@ def select_sum(weights: torch.Tensor, table: torch.Tensor, index: torch.Tensor) 
     return F.embedding_bag(index, table, per_sample_weights=weights.to(table.dtype), mode="sum")
 
 
+class ExpertMixture(nn.Module):
+    """What the chosen experts of each token add."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        act_fn: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """x (N, D), experts (N, h·k) int64 and their weights (N, h·k), the tables down and up (E, D) -> (N, D)."""
+        strength: torch.Tensor = SelectDot.apply(x, down, experts)  # type: ignore[assignment]
+        return select_sum(act_fn(strength) * weights, up, experts)
+
+
 class ExpertMLP(GatedMLP):
     """`MLP(x) + Σ_k g_k · up_embed[e_k]`, `g = act(x · down_embed[e]) · softmax_k(score)`, summed over router heads.
 
@@ -97,11 +115,11 @@ class ExpertMLP(GatedMLP):
         self.heads, self.list_length, self.top_k = config.num_expert_heads, config.expert_keys, config.experts_per_head
         self.down_embed = nn.Embedding(config.num_experts, config.hidden_size)
         self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
-        for name, value in self.constants().items():
-            self.register_buffer(name, value, persistent=False)
+        self.mixture = ExpertMixture()
+        self.register_buffer("pairs", staircase(self.list_length, self.top_k), persistent=False)
 
-    def constants(self) -> dict[str, torch.Tensor]:
-        """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again."""
+    def start_values(self) -> dict[str, torch.Tensor]:
+        """The buffer's value, on the CPU: it is in no checkpoint, so loading asks for it again."""
         return {"pairs": staircase(self.list_length, self.top_k)}
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,15 +136,11 @@ class ExpertMLP(GatedMLP):
         width = self.heads * self.top_k
         return experts.view(-1, width), top.softmax(-1).view(-1, width)
 
-    def mix(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the chosen experts add: x (N, D), experts and weights (N, h·k) -> (N, D)."""
-        strength: torch.Tensor = SelectDot.apply(x, self.down_embed.weight, experts)  # type: ignore[assignment]
-        return select_sum(self.act_fn(strength) * weights, self.up_embed.weight, experts)
-
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's output (B, S, D) and its router scores (B, S, h, 2, n)."""
         scores = self.scores(x)
-        routed = self.mix(x.flatten(0, 1), *self.route(scores))
+        tables = self.down_embed.weight, self.up_embed.weight
+        routed = self.mixture(x.flatten(0, 1), *self.route(scores), *tables, self.act_fn)
         return super().forward(x)[0] + routed.view(x.shape), scores
 
 
@@ -154,6 +168,11 @@ class ProductKeyExperts(ExpertMLP):
         half = config.expert_retrieval_size // 2
         self.queries = nn.Linear(config.hidden_size, 2 * self.heads * half, bias=False)
         self.keys = nn.Parameter(torch.zeros(self.heads, self.list_length, 2, half))
+        self.deviation = config.initializer_range
+
+    def start_values(self) -> dict[str, torch.Tensor]:
+        """Keys as the linear layers' weights: normal, with the config's standard deviation."""
+        return {**super().start_values(), "keys": torch.empty_like(self.keys).normal_(std=self.deviation)}
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         queries = self.queries(x).view(*x.shape[:2], 2, self.heads, 1, -1).transpose(2, 3)  # (B, S, h, 2, 1, r/2)

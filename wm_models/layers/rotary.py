@@ -31,10 +31,10 @@ class RotaryEmbedding(nn.Module):
         if self.kind == "dynamic":
             self.original_length = config.max_position_embeddings
         self.scaling = 1.0 if self.kind == "default" else self._scaled()[1]
-        for name, value in self.constants().items():
+        for name, value in self.start_values().items():
             self.register_buffer(name, value, persistent=False)
 
-    def constants(self) -> dict[str, torch.Tensor]:
+    def start_values(self) -> dict[str, torch.Tensor]:
         """The buffers' values, on the CPU: they are in no checkpoint, so loading asks for them again."""
         if self.kind == "default":
             size, theta = self.config.head_size, self.config.rope["rope_theta"]

@@ -10,16 +10,17 @@ both are d), n chunks of Q tokens each.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from wm_models.configuration import CheemsConfig
-from wm_models.layers.attention import Pass
+from wm_models.layers.context import Context
+
+if TYPE_CHECKING:  # the configuration reads the registry of mixers, and so this module
+    from wm_models.configuration import CheemsConfig
 
 CLEARED = -1e4  # a logarithm of a decay that leaves nothing: finite, so that no difference or product is NaN
 
@@ -31,12 +32,15 @@ class SSDCache(NamedTuple):
 
 
 class SSDMixer(nn.Module):
-    """One SSD layer: (B, S, D) -> (B, S, D), with positions and states supplied by the pass.
+    """One SSD layer: (B, S, D) -> (B, S, D); positions and states are the context's.
 
     `A = -exp(A_log)`, one number a head, is negative whatever training does. Steps and decays are float32.
     """
 
-    def __init__(self, config: CheemsConfig, layer: int):
+    cache_type = SSDCache
+    by_length: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None] = None  # see `scan`
+
+    def __init__(self, config: "CheemsConfig", layer: int):
         super().__init__()
         self.layer, self.head_size, self.chunk = layer, config.head_size, config.ssd_chunk_size
         size, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
@@ -47,22 +51,35 @@ class SSDMixer(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.out_proj = nn.Linear(heads * self.head_size, size, bias=bias)
 
+    def start_values(self) -> dict[str, torch.Tensor]:
+        """A from -16 to -1, as in Mamba-2."""
+        return {"A_log": torch.empty_like(self.A_log).uniform_(1, 16).log()}
+
     def new_cache(self, batch: int, capacity: int) -> SSDCache:
         """An empty static cache of `batch` slots: float32, on the weights' device."""
         heads, size = self.A_log.shape[0], self.head_size
         return SSDCache(self.A_log.new_zeros(batch, heads, size, size, dtype=state_dtype(self.A_log)))
 
-    def project_heads(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project_heads(self, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """c, b and x, (B, H, S, d) each."""
         c, b, x = (proj(u).view(*u.shape[:2], -1, self.head_size) for proj in (self.c_proj, self.b_proj, self.x_proj))
         return c.transpose(1, 2), b.transpose(1, 2), x.transpose(1, 2)
 
-    def forward(self, u: torch.Tensor, run: Pass) -> torch.Tensor:
+    def forward(self, u: torch.Tensor, context: Context) -> torch.Tensor:
         c, b, x = self.project_heads(u)
+        c, b = context.rotate(c), context.rotate(b)
         dt = self.dt_proj(u)
         dt = F.softplus(dt.to(state_dtype(dt))).transpose(1, 2)
         A = -self.A_log.to(dt.dtype).exp()
-        y = run.carry(self.layer, partial(scan, run.rotate(c), run.rotate(b), x, dt, A, self.chunk))
+
+        def advance(
+            state: SSDCache | None, real: torch.Tensor | None, first: torch.Tensor
+        ) -> tuple[torch.Tensor, SSDCache]:
+            before = None if state is None else state.ssd
+            y, after = scan(c, b, x, dt, A, self.chunk, before, real, first, self.by_length)
+            return y, SSDCache(after)
+
+        y = context.carry(self.layer, SSDCache, advance)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,34 @@
+"""Linear layers over one input as one product.
+
+B batch, S new tokens, D hidden size, d head size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class HeadProjection(nn.Module):
+    """Linear layers over one input as one product, whose heads are put before the tokens once for all layers.
+
+    x (B, S, D) -> (B, heads, S, d) of each layer.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear], head_size: int):
+        super().__init__()
+        self.head_size = head_size
+        self.heads = [part.out_features // head_size for part in parts]
+        self.weight = fixed(torch.cat([part.weight for part in parts]))
+        biased = parts[0].bias is not None
+        self.bias = fixed(torch.cat([part.bias for part in parts])) if biased else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        heads = F.linear(x, self.weight, self.bias).view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+        return heads.split(self.heads, dim=1)
+
+
+def fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
+    """A parameter without a gradient, in the dtype of `like`."""
+    return nn.Parameter(value if like is None else value.to(like.dtype), requires_grad=False)

@@ -1,0 +1,1 @@
+"""Compiler passes: each file rewrites an ONNX graph into one that computes the same."""
