@@ -119,11 +119,11 @@ def lower(
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
     names = state_names(caches)
     states = [state for cache in caches for state in cache]
-    length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # and more than one chunk
+    length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # two tokens or more, and more than one chunk
     sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
     dropped = [torch.tensor([0, 3])] if evicts else []
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
-    sequence = torch.export.Dim("sequence", min=1, max=max(max_length, 2))
+    sequence = torch.export.Dim("sequence", min=1, max=max(max_length, length))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
     growing = [  # the dimensions that a larger capacity makes larger
         {at: capacity for at in range(state.ndim) if state.shape[at] != larger.shape[at]}

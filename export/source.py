@@ -16,6 +16,7 @@ from wm_models import (
     create,
     shipped_checkpoint,
 )
+from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 from wm_models.shipped import ASSETS, TRAINED
@@ -46,7 +47,7 @@ def load_model(source: str, seed: int) -> DecoderWithHead:
         values = PreTrainedConfig.get_config_dict(source)[0]
     except OSError:  # the loader says what is wrong
         values = {}
-    hybrid, names = values.get("model_type") == CheemsConfig.model_type, values.get("architectures")
+    hybrid, names = config_class(values.get("model_type")) is CheemsConfig, values.get("architectures")
     model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
     if isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names):
         if hybrid:

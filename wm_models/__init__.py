@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from wm_models.checkpoint.loader import CheckpointError
+from wm_models.checkpoint.files import CheckpointError
+from wm_models.checkpoint.formats import FORMATS, Format
 from wm_models.cheems import CheemsForCausalLM, CheemsModel
 from wm_models.configuration import CheemsConfig, DogeConfig
 from wm_models.doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
@@ -16,6 +17,7 @@ from wm_models.shipped import shipped_checkpoint, shipped_tokenizer
 __version__ = version("wm-models")
 
 __all__ = [
+    "FORMATS",
     "MIXERS",
     "PRESETS",
     "SSD",
@@ -29,7 +31,9 @@ __all__ = [
     "DogeForCausalLM",
     "DogeForSequenceClassification",
     "DogeModel",
+    "Format",
     "LayerCache",
+    "__version__",
     "create",
     "preset",
     "shipped_checkpoint",

@@ -70,7 +70,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint directory, or a model of the Hugging Face hub, whole or not at all.
 
-        Takes what `transformers.PreTrainedModel.from_pretrained` takes, and every published generation of the model,
+        Takes what `transformers.PreTrainedModel.from_pretrained` takes, and every format of `checkpoint.formats`,
         recognised by its tensors. An MLP checkpoint loads as a mixture of experts with the options `is_moe=True`,
         `num_experts` and `num_experts_per_tok`: the experts then start with nothing to add. Raises `CheckpointError`,
         naming every tensor that is missing, unexpected or of the wrong shape, where the checkpoint is of none.

@@ -211,7 +211,8 @@ def sharded(directory):
 def unopened(monkeypatch, directory, *words):
     """It fails, before a file of weights is opened."""
     with monkeypatch.context() as patch:
-        patch.setattr("wm_models.checkpoint.loader.safe_open", lambda *_, **__: pytest.fail("it was read"))
+        for module in ("files", "loader"):
+            patch.setattr(f"wm_models.checkpoint.{module}.safe_open", lambda *_, **__: pytest.fail("it was read"))
         fails(directory, *words)
 
 
@@ -296,6 +297,6 @@ def test_a_broken_index(tmp_path, text):
 
 def test_a_hub_name_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(
-        "wm_models.checkpoint.loader.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
+        "wm_models.checkpoint.files.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
     )
     fails("someone/doge", "no such directory", "hub")

@@ -379,7 +379,7 @@ def main() -> None:
     if options.coverage:
         import atheris
 
-        with atheris.instrument_imports(include=["runtime", "wm_models.checkpoint.loader"]):
+        with atheris.instrument_imports(include=["runtime", "wm_models.checkpoint"]):
             importlib.import_module("runtime")
             importlib.import_module("wm_models")
     started = time.perf_counter()

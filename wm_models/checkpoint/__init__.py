@@ -1,3 +1,1 @@
-from .loader import CheckpointError, find_checkpoint
-
-__all__ = ["CheckpointError", "find_checkpoint"]
+"""Checkpoints: their formats, and how one is recognised and loaded."""

@@ -1,4 +1,4 @@
-"""Every published generation of Doge: recognised, loaded, and equal to what its own implementation computed."""
+"""Every published format of Doge: recognised, loaded, and equal to what its own implementation computed."""
 
 import json
 import logging
@@ -6,11 +6,21 @@ import logging
 import pytest
 import torch
 import transformers
-from conftest import DATA, assert_close, golden, rival
+from conftest import DATA, assert_close, golden, randomise, rival
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wm_models import CheckpointError, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, context
+from export import export_onnx
+from runtime import load as load_artifact
+from wm_models import (
+    FORMATS,
+    CheckpointError,
+    DogeConfig,
+    DogeForCausalLM,
+    DogeForSequenceClassification,
+    Format,
+    context,
+)
 from wm_models.layers.attention import keep_largest
 
 NAMES = sorted(path.stem for path in DATA.glob("doge-*.safetensors"))
@@ -104,17 +114,17 @@ def test_shards(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LOGITS)
-def test_one_line_names_the_generation(name, tmp_path, caplog):
+def test_one_line_names_the_format(name, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "wm_models"):
         load(name, tmp_path)
-    assert [record.message for record in caplog.records] == [f"{tmp_path}: a checkpoint of generation {name[5:12]}"]
+    assert [record.message for record in caplog.records] == [f"{tmp_path}: a checkpoint of format {name[5:12]}"]
 
 
 def test_transformers_is_named_too(tmp_path, caplog):
     rival().save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "wm_models"):
         DogeForCausalLM.from_pretrained(tmp_path)
-    assert "generation transformers" in caplog.text
+    assert "format transformers" in caplog.text
 
 
 def fails(directory, *words):
@@ -125,13 +135,13 @@ def fails(directory, *words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mixture_of_generations(tmp_path):
+def test_a_mixture_of_formats(tmp_path):
     reference, other = golden("doge-2025-08-dense"), golden("doge-2025-04-dense")
     state = {name: value for name, value in reference.state.items() if ".layers.1." not in name}
     state.update({name: value for name, value in other.state.items() if ".layers.1." in name})
     reference._replace(state=state).save(tmp_path)
     fails(
-        tmp_path, "nearest generation is 2025-08", "model.layers.1.input_residual",
+        tmp_path, "nearest format is 2025-08", "model.layers.1.input_residual",
         "unexpected 7", "model.layers.1.pre_residual.weight",
     )  # fmt: skip
 
@@ -140,20 +150,20 @@ def test_norms_of_one_and_bias_rows_of_another(tmp_path):
     reference = golden("doge-2025-08-dense")
     norms = {f"model.layers.{i}.self_attn.{n}_norm.weight": torch.ones(8) for i in range(2) for n in "qk"}
     reference._replace(state={**reference.state, **norms}).save(tmp_path)
-    fails(tmp_path, "nearest generation is ", "self_attn")
+    fails(tmp_path, "nearest format is ", "self_attn")
 
 
 def test_a_missing_tensor(tmp_path):
     reference = golden("doge-2025-01-cdmoe")
     state = {k: v for k, v in reference.state.items() if k != "model.layers.1.feed_forward.keys"}
     reference._replace(state=state).save(tmp_path)
-    fails(tmp_path, "nearest generation is 2025-01", "missing 1: model.layers.1.feed_forward.keys")
+    fails(tmp_path, "nearest format is 2025-01", "missing 1: model.layers.1.feed_forward.keys")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*LOGITS, "transformers"])
-def test_saving_any_generation(name, tmp_path, caplog):
-    """Saved, every generation loads again with the same outputs; as transformers' Doge only where that is the same."""
+def test_saving_any_format(name, tmp_path, caplog):
+    """Saved, every format loads again with the same outputs; as transformers' Doge only where that is the same."""
     if name == "transformers":
         rival().save_pretrained(tmp_path / "first")
         model = DogeForCausalLM.from_pretrained(tmp_path / "first")
@@ -220,3 +230,49 @@ def test_stray_tensor_in_an_old_checkpoint(tmp_path):
     reference.save(tmp_path)
     save_file({**reference.state, "extra": torch.zeros(1)}, tmp_path / "model.safetensors")
     fails(tmp_path, "unexpected 1: extra")
+
+
+@pytest.fixture
+def other_format():
+    """A format of nobody: other names for the layers' parts, A stored with the other sign, and one field renamed."""
+
+    def fields(values):
+        return {**{k: v for k, v in values.items() if k != "width"}, "hidden_size": values["width"]}
+
+    def convert(state, values):
+        for name in state:
+            if name.endswith(".A"):
+                state[name] = -state[name]
+
+    names = {"self_attn": "mix", "mlp": "feed", "embed_tokens": "table"}
+    added = Format("elsewhere", "doge-elsewhere", DogeConfig, names, fields, convert)
+    FORMATS.append(added)
+    yield added
+    FORMATS.remove(added)
+
+
+@torch.no_grad()
+def test_a_format_from_outside(other_format, tmp_path, caplog):
+    """One entry, and its checkpoints load, are exported, verified and run."""
+    model = DogeForCausalLM(
+        DogeConfig.from_dict({**rival().config.to_dict(), "expert_routing": "token", "eos_token_id": None})
+    )
+    model.eval()
+    randomise(model)
+    state = {
+        other_format.stored_name(name): (-value if name.endswith(".A") else value).clone()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"  # tied
+    }
+    values = {k: v for k, v in model.config.to_dict().items() if k != "hidden_size"}
+    values |= {"model_type": other_format.model_type, "width": model.config.hidden_size}
+    (checkpoint := tmp_path / "checkpoint").mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(3, 43).view(2, 20)
+    with caplog.at_level(logging.INFO, "wm_models"):
+        assert torch.equal(DogeForCausalLM.from_pretrained(checkpoint)(ids).logits, model(ids).logits)
+    assert "a checkpoint of format elsewhere" in caplog.text
+    assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", max_length=60))
+    expected = model.generate(ids[:1], max_new_tokens=20, do_sample=False)[0, 20:].tolist()
+    assert load_artifact(tmp_path / "artifact").generate_ids(ids[0].tolist(), 20) == expected
