@@ -160,6 +160,15 @@ def test_a_missing_tensor(tmp_path):
     fails(tmp_path, "nearest format is 2025-01", "missing 1: model.layers.1.feed_forward.keys")
 
 
+def assert_same(found, expected, ids):
+    """The same weights to the bit, in memory of one alignment: kernels round by where a tensor begins."""
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+        one.data, other.data = one.data.clone(), other.data.clone()
+    assert torch.equal(found(ids).logits, expected(ids).logits)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*LOGITS, "transformers"])
 def test_saving_any_format(name, tmp_path, caplog):
@@ -184,8 +193,8 @@ def test_saving_any_format(name, tmp_path, caplog):
         assert type(AutoConfig.from_pretrained(tmp_path / "second")) is DogeConfig
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
         assert type(again) is DogeForCausalLM
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    assert torch.equal(DogeForCausalLM.from_pretrained(tmp_path / "second")(ids).logits, model(ids).logits)
+        assert_same(again, model, ids)
+    assert_same(DogeForCausalLM.from_pretrained(tmp_path / "second"), model, ids)
 
 
 def test_without_switches_an_old_model_is_transformers(tmp_path):
