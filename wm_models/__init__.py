@@ -5,10 +5,9 @@ from importlib.metadata import version
 from wm_models.checkpoint.files import CheckpointError
 from wm_models.checkpoint.formats import FORMATS, Format
 from wm_models.cheems import CheemsForCausalLM, CheemsModel
-from wm_models.configuration import CheemsConfig, DogeConfig
+from wm_models.configuration import MIXERS, CheemsConfig, DogeConfig
 from wm_models.doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
 from wm_models.layers.context import LayerCache
-from wm_models.layers.mixers import MIXERS
 from wm_models.layers.ssd import SSD
 from wm_models.paper import CDMoE, DMAttn
 from wm_models.presets import PRESETS, create, preset

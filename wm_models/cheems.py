@@ -6,10 +6,10 @@ Its other layers hold the sequence mixer that the config names in `layers/mixers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from wm_models.configuration import CheemsConfig
+from wm_models.configuration import MIXERS, CheemsConfig
 from wm_models.decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, DecoderPreTrainedModel
 from wm_models.layers.attention import DMAttention
-from wm_models.layers.mixers import MIXERS, Mixer
+from wm_models.layers.mixers import Mixer
 
 logger = logging.get_logger(__name__)
 

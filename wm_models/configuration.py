@@ -7,10 +7,11 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 
-from wm_models.layers.mixers import MIXERS
-
 EVERY_KEY = 2**31 - 1  # a keep window for models that have none
 ROUTINGS = ("token", "batch", "product_keys")
+# The sequence mixers that a config may name, by name: `layers/mixers.py` enters those of this package, and a program
+# may enter its own.
+MIXERS: dict[str, type[Any]] = {}
 
 
 @strict
@@ -144,7 +145,7 @@ class CheemsConfig(DogeConfig):
     """Hyper-parameters of a Cheems model: those of Doge, and which of its layers are attention.
 
     Layer i is attention where `i % attn_layer_period == attn_layer_offset`. The others hold `sequence_mixer`, a name
-    of `layers.mixers.MIXERS`: "ssd", in chunks of `ssd_chunk_size` tokens, or what a program has registered. A period
+    in `MIXERS`: "ssd", in chunks of `ssd_chunk_size` tokens, or what a program has registered. A period
     that leaves no layer of attention or none of the other is allowed; the log says so.
     Attention has a row of biases for each query head, no norms of queries and keys, and no keep window, unless told.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wm_models import SSD
-from wm_models.layers.ssd import decays, scan
+from wm_models.layers.ssd import Inputs, decays, scan
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_chunks_are_the_recurrence(chunk):
     """Every length from 1 to 3 chunks + 1, in float64."""
     for length in range(1, 3 * chunk + 2):
         c, b, x, dt, A, state = inputs(length)
-        y, last = scan(c, b, x, dt, A, chunk, state)
+        y, last = scan(Inputs(c, b, x, dt, A), chunk, state)
         expected, expected_last = by_definition(c, b, x, dt, A, state)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(last, expected_last, rtol=0, atol=1e-10)
@@ -48,7 +48,7 @@ def test_padding_and_first_tokens(length):
     pick = torch.Generator().manual_seed(0)
     real = torch.rand(2, 1, length, generator=pick) < 0.7
     first = (torch.rand(2, 1, length, generator=pick) < 0.2) & real
-    y, last = scan(c, b, x, dt, A, 8, state, real, first)
+    y, last = scan(Inputs(c, b, x, dt, A), 8, state, real, first)
     expected, expected_last = by_definition(c, b, x, dt, A, state, real, first)
     shown = real.expand(2, 3, length)
     torch.testing.assert_close(y[shown], expected[shown], rtol=0, atol=1e-10)
@@ -59,7 +59,7 @@ def test_padding_and_first_tokens(length):
 def test_padding_leaves_every_bit_of_the_state(length):
     c, b, x, dt, A, state = (part.float() for part in inputs(length))
     real = torch.zeros(2, 1, length, dtype=torch.bool)
-    assert torch.equal(scan(c, b, x, dt, A, 8, state, real)[1], state)
+    assert torch.equal(scan(Inputs(c, b, x, dt, A), 8, state, real)[1], state)
 
 
 @pytest.mark.parametrize("length", [1, 11])
@@ -71,7 +71,7 @@ def test_gradients_are_finite_differences(length):
     real[0, 0, -1] = False
 
     def run(c, b, x, dt, A, state):
-        return scan(c, b, x, dt, A, 4, state, real, first)
+        return scan(Inputs(c, b, x, dt, A), 4, state, real, first)
 
     assert torch.autograd.gradcheck(run, parts)
 
@@ -90,7 +90,7 @@ def test_8192_tokens_stay_finite(dtype):
     c, b, x = (part.to(dtype).requires_grad_() for part in (draw(1, 2, 8192, 16, seed=seed) for seed in range(3)))
     dt = (20 * draw(1, 2, 8192, seed=3).abs()).float()
     A = -torch.tensor([1.0, 16.0])
-    y, state = scan(c, b, x, dt, A, 64)
+    y, state = scan(Inputs(c, b, x, dt, A), 64)
     y.float().sum().backward()
     assert y.dtype == dtype
     assert state.dtype == torch.float32

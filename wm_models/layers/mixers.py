@@ -1,4 +1,4 @@
-"""The registry of sequence mixers: what a hybrid model's layers hold where they hold no attention.
+"""Sequence mixers: what a hybrid model's layers hold where they hold no attention, entered in the registry `MIXERS`.
 
 A config names its mixer with `sequence_mixer`. The name is also the module's in the layer, and so a part of the names
 of its tensors: `layers.N.ssd.…`.
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from wm_models.configuration import MIXERS
 from wm_models.layers.context import Context, LayerCache
 from wm_models.layers.ssd import SSDMixer
 
@@ -29,7 +30,5 @@ class Mixer(Protocol):
         ...
 
 
-# name: a class whose instances are `Mixer`s, and whose `cache_type` is the NamedTuple of a layer's states
-MIXERS: dict[str, type] = {
-    "ssd": SSDMixer,
-}
+# Each is a class whose instances are `Mixer`s, and whose `cache_type` is the NamedTuple of a layer's state.
+MIXERS["ssd"] = SSDMixer

@@ -10,17 +10,15 @@ both are d), n chunks of Q tokens each.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from wm_models.configuration import CheemsConfig
 from wm_models.layers.context import Context
-
-if TYPE_CHECKING:  # the configuration reads the registry of mixers, and so this module
-    from wm_models.configuration import CheemsConfig
 
 CLEARED = -1e4  # a logarithm of a decay that leaves nothing: finite, so that no difference or product is NaN
 
@@ -40,7 +38,7 @@ class SSDMixer(nn.Module):
     cache_type = SSDCache
     by_length: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None] = None  # see `scan`
 
-    def __init__(self, config: "CheemsConfig", layer: int):
+    def __init__(self, config: CheemsConfig, layer: int):
         super().__init__()
         self.layer, self.head_size, self.chunk = layer, config.head_size, config.ssd_chunk_size
         size, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
@@ -76,7 +74,7 @@ class SSDMixer(nn.Module):
             state: SSDCache | None, real: torch.Tensor | None, first: torch.Tensor
         ) -> tuple[torch.Tensor, SSDCache]:
             before = None if state is None else state.ssd
-            y, after = scan(c, b, x, dt, A, self.chunk, before, real, first, self.by_length)
+            y, after = scan(Inputs(c, b, x, dt, A), self.chunk, before, real, first, self.by_length)
             return y, SSDCache(after)
 
         y = context.carry(self.layer, SSDCache, advance)
@@ -116,7 +114,7 @@ class SSD(nn.Module):
         dt = self.dt_proj(x)
         dt = F.softplus(dt.to(state_dtype(dt))).transpose(1, 2)
         x = self.x_proj(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-        y, _ = scan(c, b, x, dt, -self.A_log.to(dt.dtype).exp(), self.chunk_len)
+        y, _ = scan(Inputs(c, b, x, dt, -self.A_log.to(dt.dtype).exp()), self.chunk_len)
         return self.out_proj((y + self.D[:, None, None] * x).transpose(1, 2).flatten(2))
 
 
@@ -125,12 +123,18 @@ def state_dtype(like: torch.Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
+class Inputs(NamedTuple):
+    """What a scan reads of its tokens."""
+
+    c: torch.Tensor  # (B, H, S, N)
+    b: torch.Tensor  # (B, H, S, N)
+    x: torch.Tensor  # (B, H, S, P)
+    dt: torch.Tensor  # (B, H, S), in `state_dtype`
+    A: torch.Tensor  # (H), negative, in `state_dtype`
+
+
 def scan(
-    c: torch.Tensor,
-    b: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
+    inputs: Inputs,
     chunk: int,
     state: torch.Tensor | None = None,
     real: torch.Tensor | None = None,
@@ -139,11 +143,11 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The recurrence over S tokens: y (B, H, S, P), and the state after them (B, H, N, P).
 
-    c and b (B, H, S, N); x (B, H, S, P); dt (B, H, S) and A (H), in `state_dtype`; `chunk`, the tokens of a chunk; the
-    state before them, None for zeros. Tokens that are not `real`, bool (B, 1, S), leave the state as it was; before a
-    `first` one, bool (B, 1, S), it is cleared. `by_length` chooses the form, with the arguments of `scan_chunks`; by
-    default it is the recurrence where S is known to be 1.
+    `chunk`, the tokens of a chunk; `state`, the one before them, None for zeros. Tokens that are not `real`, bool
+    (B, 1, S), leave the state as it was; before a `first` one, bool (B, 1, S), it is cleared. `by_length` chooses the
+    form, with the arguments of `scan_chunks`; by default it is the recurrence where S is known to be 1.
     """
+    c, b, x, dt, A = inputs
     if real is not None:
         dt = torch.where(real, dt, 0.0)
     log_decay = A[:, None] * dt
