@@ -2,9 +2,29 @@
 
 from importlib.metadata import version
 
+from runtime.backends.registry import BACKENDS
+from runtime.batch import Prompt, classify_file, generate_file, generate_many, read_prompts
 from runtime.engine import Engine, load
 from runtime.errors import ArtifactError, RequestError, SignatureError
+from runtime.text.labels import label_scores
+from runtime.text.sampling import Sampler, Sampling
 
 __version__ = version("wm-models")
 
-__all__ = ["ArtifactError", "Engine", "RequestError", "SignatureError", "load"]
+__all__ = [
+    "BACKENDS",
+    "ArtifactError",
+    "Engine",
+    "Prompt",
+    "RequestError",
+    "Sampler",
+    "Sampling",
+    "SignatureError",
+    "__version__",
+    "classify_file",
+    "generate_file",
+    "generate_many",
+    "label_scores",
+    "load",
+    "read_prompts",
+]

@@ -8,28 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import click
 import rich.progress
 import typer
 from rich.console import Console
 
-T = TypeVar("T")
+from runtime.options import option as option
+
 DELAY = 5.0  # seconds before a progress bar shows
-
-
-def option(default: T, help: str, *, flag: str | None = None) -> T:
-    """A dataclass field that is a command-line option too: its default and its help stand here alone.
-
-    `flag` names the option where it is not the field's own name. A list is copied for each instance.
-    """
-    metadata = {"help": help, "flag": flag}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)  # type: ignore[return-value]
-    return field(default=default, metadata=metadata)
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.console import option
 from runtime.errors import RequestError
+from runtime.options import option
 
 LARGEST = 1e300  # where penalised logits end, so that their differences are finite
 

@@ -152,7 +152,7 @@ def test_the_commands(made, engine, tmp_path):
     def command(*arguments, module="runtime"):
         code = f"from {module}.cli import main; main()"
         return subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+            [sys.executable, "-P", "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
         )
 
     artifact, out = made / "artifact", tmp_path / "out.jsonl"

@@ -48,10 +48,11 @@ def expected(model, row):
     return model(torch.as_tensor(row)[None]).logits[0, -1].numpy()
 
 
-def test_imports_nothing_heavy():
-    heavy = ("torch", "transformers", "wm_models", "export", "onnx")
-    code = f"import sys, runtime.cli; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("module", "more"), [("runtime", ("typer", "rich", "onnxruntime")), ("runtime.cli", ())])
+def test_imports_nothing_heavy(module, more):
+    heavy = ("torch", "transformers", "wm_models", "export", "onnx", *more)
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -64,7 +65,7 @@ def test_a_graph_alone_takes_denormals_for_zero(made):
         "found = [times()]\nwith flushed_denormals():\n    found.append(times())\n"
         "engine = load(sys.argv[1])\nfound.append(times())\nengine.prefill([[1, 2]])\nprint(*found, times())"
     )
-    done = subprocess.run([sys.executable, "-c", code, made[0]], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, made[0]], capture_output=True, text=True, check=True)
     flushes = sys.platform == "linux" and platform.machine() == "x86_64"
     assert done.stdout.split() == ["True", str(not flushes), "True", "True"]
 
@@ -134,7 +135,9 @@ engine.prefill([[1, 2, 3]])
 """
     heard = {}
     for mode in ("same", "apart"):
-        done = subprocess.run([sys.executable, "-c", code, made[0], mode], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, made[0], mode], capture_output=True, text=True, check=True
+        )
         heard[mode] = "TensorScatter" in done.stderr
     assert heard == {"same": False, "apart": True}
 

@@ -265,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
-            command = [sys.executable, "-m", "test_trust.faults", *sys.argv[1:]]
+            command = [sys.executable, "-P", "-m", "test_trust.faults", *sys.argv[1:]]
             sys.exit(subprocess.run(command, env=preloaded(Path(name)), check=False).returncode)
         started = time.monotonic()
         outcomes = attack(

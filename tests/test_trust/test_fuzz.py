@@ -28,7 +28,7 @@ def test_changed_structures(name, tmp_path):
 @pytest.mark.parametrize(("name", "runs"), [("manifests", 2000), ("graphs", 500)])
 def test_led_by_coverage(name, runs):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    command = [sys.executable, "-m", "test_trust.fuzz", name, "--runs", str(runs), "--coverage"]
+    command = [sys.executable, "-P", "-m", "test_trust.fuzz", name, "--runs", str(runs), "--coverage"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{runs} files" in done.stdout

@@ -107,5 +107,5 @@ def test_keys_that_are_none(copy, tmp_path, keys):
 
 def test_the_library_is_imported_only_for_signatures(artifact):
     code = "import sys; from runtime import load; load(sys.argv[1]); print('cryptography' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, artifact], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, artifact], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

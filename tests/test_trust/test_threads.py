@@ -118,7 +118,7 @@ def test_processes_share_a_directory_while_siblings_are_written(artifact, alone,
         "import sys, json\nfrom runtime import load\n"
         "for _ in range(12): tokens = load(sys.argv[1], threads=1).generate_ids([1, 2, 3], 40)\nprint(tokens)"
     )
-    command = [sys.executable, "-c", code, shared]
+    command = [sys.executable, "-P", "-c", code, shared]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     source = artifact.parent / "checkpoint"
     export_onnx(source, tmp_path / "sibling", max_length=64, max_batch=1)
