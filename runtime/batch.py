@@ -1,21 +1,18 @@
 """Continuous batching: many prompts through a fixed number of slots, and a file of them in and out; a file of texts to
 classify, likewise.
-
-B slots, S new tokens, V vocabulary.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from runtime.engine import Engine
 from runtime.errors import RequestError
+from runtime.scheduler import Request, Scheduler
 from runtime.text.labels import label_scores
-from runtime.text.sampling import Sampler, Sampling
+from runtime.text.sampling import GREEDY, Sampling
 from runtime.text.tokenizer import decode, encode
 
 ANSWERS = {"prompt": ("line", "new_ids", "text"), "text": ("line", "prediction")}  # names that are added, by the key
@@ -30,72 +27,32 @@ class Prompt:
     ids: list[int]
 
 
-@dataclass
-class _Sequence:
-    prompt: Prompt
-    sampler: Sampler
-    new: list[int] = field(default_factory=list)
-
-
 def generate_many(
-    engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, slots: int, *, seed: int | None = None,
-    **sampling: Any,
-) -> Iterator[tuple[Prompt, list[int]]]:  # fmt: skip
+    engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, slots: int, sampling: Sampling = GREEDY
+) -> Iterator[tuple[Prompt, list[int]]]:
     """Each prompt with the ids that follow it, in the order they are finished.
 
     Up to `slots` prompts are under way at once; a slot that is done takes the next prompt between two steps. What a
-    prompt gets depends on itself and on `slots`, not on its company: the others' rows are neither read nor written for
-    it. With `seed`, a prompt's draws are those of `seed` plus its line.
-    Raises `RequestError` for a prompt that does not fit, before anything runs.
+    prompt gets depends on itself and on `slots`, not on its company (see `runtime.scheduler`). With a seed, a prompt's
+    draws are those of the seed plus its line. Raises `RequestError` for a prompt that does not fit, before anything
+    runs.
     """
-    engine.check_task(classifies=False)
-    limit = engine.graph.max_length
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    scheduler = Scheduler(engine, slots, engine.session.chunk, prefix_memory=0)
+    begun: dict[int, tuple[Prompt, list[int]]] = {}
     for prompt in prompts:
-        engine.check_prompt(prompt.ids)
-    engine.reserve(slots, min(limit, max(len(prompt.ids) for prompt in prompts) + max_new_tokens - 1))
-    waiting, running, held = list(reversed(prompts)), {}, engine.held
-    while waiting or running:
-        done: list[int] = []
-        with engine.in_use:  # until every id is chosen: the next step overwrites the logits
-            engine.check_held(held)
-            for slot in range(slots):
-                if slot not in running and waiting:
-                    prompt = waiting.pop()
-                    draws = None if seed is None else seed + prompt.line
-                    running[slot] = _Sequence(prompt, Sampler(Sampling(**sampling, seed=draws)))
-                    _take(engine, running[slot], engine.join(slot, prompt.ids), max_new_tokens, slot, done)
-            if len(done) < len(running):
-                ids, active = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
-                for slot, sequence in running.items():
-                    if slot not in done:
-                        ids[slot], active[slot] = sequence.new[-1], 1
-                logits = engine.prefill(ids, active)
-                for slot in np.flatnonzero(active):
-                    _take(engine, running[int(slot)], logits[slot], max_new_tokens, int(slot), done)
-            finished = [running.pop(slot) for slot in done]
-            for slot in done:
-                engine.leave(slot)
-            held = engine.held
-        for sequence in finished:
-            yield sequence.prompt, sequence.new
-
-
-def _take(engine: Engine, sequence: _Sequence, logits: np.ndarray, most: int, slot: int, done: list[int]) -> None:
-    """Choose the sequence's next id; note its slot in `done` where it is the last."""
-    prompt, new = sequence.prompt, sequence.new
-    if not np.isfinite(logits).all():
-        raise RequestError(
-            f"line {prompt.line + 1}: the logits of slot {slot} after token {len(prompt.ids) + len(new)} "
-            "are not finite; the weights or dtype overflow"
-        )
-    token = int(sequence.sampler(logits[None], [prompt.ids + new])[0])
-    if token not in engine.end_ids:
-        new.append(token)
-        if len(new) < most and len(prompt.ids) + len(new) <= engine.graph.max_length:
-            return
-    done.append(slot)
+        seed = None if sampling.seed is None else sampling.seed + prompt.line
+        request = Request(prompt.ids, max_new_tokens, replace(sampling, seed=seed), text=False)
+        begun[scheduler.begin(request)] = prompt, []
+    for event in scheduler.run():
+        prompt, new = begun[event.sequence]
+        if event.error is not None:
+            raise RequestError(f"line {prompt.line + 1}: {event.error}")
+        if event.token is not None:
+            new.append(event.token)
+        if event.finish_reason is not None:
+            yield begun.pop(event.sequence)
 
 
 def read_prompts(engine: Engine, path: Path, key: str = "prompt") -> list[Prompt]:
@@ -159,7 +116,7 @@ def finished_lines(path: Path, prompts: Sequence[Prompt]) -> set[int]:
 
 
 def generate_file(
-    engine: Engine, prompts: Sequence[Prompt], out: Path, max_new_tokens: int, slots: int, **sampling: Any
+    engine: Engine, prompts: Sequence[Prompt], out: Path, max_new_tokens: int, slots: int, sampling: Sampling = GREEDY
 ) -> Iterator[int]:
     """Continue what `out` lacks of `prompts`, appending a line of JSON for each that is finished; yields its number.
 
@@ -167,7 +124,7 @@ def generate_file(
     """
 
     def answers(left: list[Prompt]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
-        for prompt, new in generate_many(engine, left, max_new_tokens, slots, **sampling):
+        for prompt, new in generate_many(engine, left, max_new_tokens, slots, sampling):
             text = {} if engine.tokenizer is None else {"text": decode(engine.tokenizer, new)}
             yield prompt, {"new_ids": new, **text}
 

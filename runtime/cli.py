@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from runtime.engine import Engine, load
 from runtime.errors import RequestError
 from runtime.serve.options import ServeOptions, missing_packages
 from runtime.text.labels import label_scores
+from runtime.text.sampling import Sampling
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
@@ -69,7 +70,7 @@ def generate(
         "seed": seed,
     }
     if prompts is not None and out is not None:
-        _generate_file(engine, prompts, out, max_new_tokens, slots, sampling)
+        _generate_file(engine, prompts, out, max_new_tokens, slots, Sampling(**sampling))
     elif prompt is not None:
         for text in engine.stream(prompt, max_new_tokens, stop=stop, **sampling):
             print(text, end="", flush=True)
@@ -152,14 +153,14 @@ def bench(directory: Directory, options: BenchOptions) -> None:
 
 
 def _generate_file(
-    engine: Engine, path: Path, out: Path, max_new_tokens: int, slots: int | None, sampling: dict[str, Any]
+    engine: Engine, path: Path, out: Path, max_new_tokens: int, slots: int | None, sampling: Sampling
 ) -> None:
     from runtime.batch import generate_file, read_prompts
 
     prompts, most = read_prompts(engine, path), engine.graph.max_batch
     if slots is not None and not 1 <= slots <= most:
         raise RequestError(f"--slots is {slots}; this artifact serves 1 to {most}")
-    _show_progress(generate_file(engine, prompts, out, max_new_tokens, slots or most, **sampling), path, len(prompts))
+    _show_progress(generate_file(engine, prompts, out, max_new_tokens, slots or most, sampling), path, len(prompts))
 
 
 def _classify_file(engine: Engine, path: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decode loop over a loaded artifact: prefill, decode, generate; or, of a classifier, classify.
+"""A loaded artifact with its slots: prefill, decode, generate; or, of a classifier, classify.
 
 B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
@@ -17,10 +17,11 @@ from runtime.backends.base import Options, Session
 from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
 from runtime.ids import as_integers
+from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
 from runtime.text.labels import CONFIG, label_names
-from runtime.text.sampling import Sampler, Sampling
-from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer, pieces, until
+from runtime.text.sampling import Sampling
+from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer
 
 
 def load(
@@ -92,72 +93,77 @@ class Engine(Slots):
         if not classifies and self.labels:
             raise RequestError(f"{self.artifact.path}: is a classifier, which writes no text; use classify")
 
+    def events(self, request: Request) -> Iterator[Event]:
+        """What a request brings, token by token, alone in an engine that is reset for it. Raises `RequestError`.
+
+        A `runtime.scheduler.Scheduler` serves several at once.
+        """
+        scheduler = Scheduler(self, 1, self.session.chunk, prefix_memory=0)
+        scheduler.begin(request)
+        return _without_errors(scheduler.run())
+
     def generate_ids(
-        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
-    ) -> list[int]:
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), temperature: float = 0.0,
+        top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int | None = None,
+    ) -> list[int]:  # fmt: skip
         """Ids to follow `ids`; see `stream_ids`."""
-        return list(self.stream_ids(ids, max_new_tokens, stop_ids=stop_ids, **sampling))
+        return list(
+            self.stream_ids(
+                ids, max_new_tokens, stop_ids=stop_ids, temperature=temperature, top_k=top_k, top_p=top_p,
+                repetition_penalty=repetition_penalty, seed=seed,
+            )
+        )  # fmt: skip
 
     def stream_ids(
-        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), **sampling: Any
-    ) -> Iterator[int]:
+        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), temperature: float = 0.0,
+        top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0, seed: int | None = None,
+    ) -> Iterator[int]:  # fmt: skip
         """Ids to follow `ids`, one by one, in an engine that is reset for them.
 
         It ends after `max_new_tokens`, before an end-of-sequence id or one of `stop_ids`, or when the slot is full.
-        `sampling`: the fields of `runtime.text.sampling.Sampling`. Raises `RequestError`.
+        How an id is chosen: see `runtime.text.sampling.Sampling`. Raises `RequestError`.
         """
-        self.check_task(classifies=False)
-        sampler = Sampler(Sampling(**sampling))
-        if max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-        self.check_prompt(ids)
-        return self._stream(list(ids), max_new_tokens, {*self.end_ids, *stop_ids}, sampler)
-
-    def _stream(self, seen: list[int], max_new_tokens: int, ends: set[int], sampler: Sampler) -> Iterator[int]:
-        room = min(max_new_tokens, self.graph.max_length - len(seen) + 1)
-        if room < 1:
-            return
-        held, new = None, seen
-        for _ in range(room):
-            with self.in_use:  # until the token is chosen: the next step overwrites the logits
-                if held is None:
-                    self.reserve(1, min(len(seen) + room - 1, self.graph.max_length))
-                else:
-                    self.check_held(held)
-                # a greedy choice is made where the logits are
-                found = self.append(np.array([new]), argmax=sampler.sampling.greedy)
-                held = self.held
-                if not (found[0] >= 0 if sampler.sampling.greedy else np.isfinite(found).all()):
-                    raise RequestError(
-                        f"the logits of slot 0 after token {len(seen)} are not finite; the weights or dtype overflow"
-                    )
-                token = int(found[0] if sampler.sampling.greedy else sampler(found, [seen])[0])
-            if token in ends:
-                return
-            seen.append(token)
-            yield token
-            new = [token]
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        events = self.events(Request(ids, max_new_tokens, sampling, stop_ids=tuple(stop_ids), text=False))
+        return (event.token for event in events if event.token is not None)
 
     def generate(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
-        **sampling: Any,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+        seed: int | None = None,
     ) -> str:  # fmt: skip
         """Text to follow `prompt`; see `stream`."""
-        return "".join(self.stream(prompt, max_new_tokens, stop=stop, **sampling))
+        return "".join(
+            self.stream(
+                prompt, max_new_tokens, stop=stop, temperature=temperature, top_k=top_k, top_p=top_p,
+                repetition_penalty=repetition_penalty, seed=seed,
+            )
+        )  # fmt: skip
 
     def stream(
         self, prompt: str, max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
-        **sampling: Any,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+        seed: int | None = None,
     ) -> Iterator[str]:  # fmt: skip
         """Text to follow `prompt`, in pieces of whole characters, up to the first `stop` string.
 
-        `sampling`: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`. Raises `RequestError`.
+        How a token is chosen: see `runtime.text.sampling.Sampling`. Raises `RequestError`.
         """
         self.check_task(classifies=False)
         ids = self.encode(prompt)
-        assert self.tokenizer is not None  # or encode had raised
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        return until(pieces(self.tokenizer, self.stream_ids(ids, max_new_tokens, **sampling)), stops)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        events = self.events(Request(ids, max_new_tokens, sampling, stops))
+        return (event.text for event in events if event.text)
+
+    def score(self, ids: Sequence[int]) -> np.ndarray:
+        """The logprob of each of `ids` after those before it, without the first: (S - 1,), float64.
+
+        A graph with the logits of every token (`wm-export onnx --logits all`) gives them all at once, another one by
+        one. Raises `RequestError`.
+        """
+        (event,) = self.events(Request(ids, 0, prompt_logprobs=True, text=False))
+        return np.array([each.logprob for each in event.prompt_logprobs or () if each is not None])
 
     def classify(self, inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> np.ndarray:
         """Logits (B, labels), float32, of a text or of its ids, or of each of several, in an engine reset for them.
@@ -208,6 +214,13 @@ class Engine(Slots):
                 if not np.isfinite(row).all():
                     raise RequestError(f"the logits of input {index + 1} are not finite; the weights or dtype overflow")
                 yield index, row
+
+
+def _without_errors(events: Iterator[Event]) -> Iterator[Event]:
+    for event in events:
+        if event.error is not None:
+            raise RequestError(event.error)
+        yield event
 
 
 def _end_ids(artifact: Artifact) -> frozenset[int]:

@@ -15,15 +15,17 @@ float32 and int8 on the CPU. Three things see to that.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from runtime.engine import Engine
 from runtime.errors import RequestError
 from runtime.scheduling.prefixes import PrefixCache
 from runtime.scheduling.request import Constraint, Event, FinishReason, Logprob, Request
 from runtime.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:  # which is made of schedulers itself
+    from runtime.engine import Engine
 
 __all__ = ["Constraint", "Counters", "Event", "FinishReason", "Logprob", "Request", "Scheduler"]
 
@@ -58,7 +60,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, slots: int | None = None, chunk: int = 128, *, prefix_memory: int = 256 << 20,
+        self, engine: "Engine", slots: int | None = None, chunk: int = 128, *, prefix_memory: int = 256 << 20,
         exact: bool = True,
     ):  # fmt: skip
         engine.check_task(classifies=False)
@@ -119,15 +121,18 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Compute up to `chunk` tokens of prompts and one token of each running sequence; returns what it brought.
 
-        A piece of a prompt is computed whole or not at all; those that have a slot take turns. Raises `RequestError`
-        where another call has used the engine's slots.
+        Where none runs yet, first tokens are returned before second ones are computed. A piece of a prompt is computed
+        whole or not at all; those that have a slot take turns. Raises `RequestError` where another call has used the
+        engine's slots.
         """
         events, self._ended = self._ended, []
         with self.engine.in_use:
             if self._held is not None and self.running:
                 self.engine.check_held(self._held)
             self._admit()
-            return events + self._prefill() + self._decode()
+            decodes = bool(self._running)
+            events += self._prefill()
+            return events + self._decode() if decodes else events
 
     def run(self) -> Iterator[Event]:
         """Steps until nothing is left to do, event by event."""
@@ -216,8 +221,6 @@ class Scheduler:
     def _decode(self) -> list[Event]:
         """One token of each running sequence."""
         stepping = list(self._running)
-        if not stepping:
-            return []
         self._move_together()
         count = max(each.slot for each in stepping) + 1
         count = -(-count // self._multiple) * self._multiple

@@ -49,6 +49,9 @@ class Sampling:
         return self.temperature == 0.0 and self.repetition_penalty == 1.0
 
 
+GREEDY = Sampling()
+
+
 class Sampler:
     """Chooses one sequence's tokens as `sampling` says, with draws of its own.
 

@@ -9,6 +9,7 @@ from test_export.conftest import save_checkpoint
 from export import export_onnx
 from runtime import RequestError, load
 from runtime.batch import Prompt, finished_lines, generate_file, generate_many, read_prompts
+from runtime.text.sampling import Sampling
 
 
 @pytest.fixture(scope="module", params=[None, "int8"])
@@ -53,7 +54,7 @@ def test_others_stay_as_they_are_to_the_bit(engine):
 
 def test_what_a_prompt_gets_does_not_depend_on_its_company(engine):
     prompts = some_prompts()
-    options = {"max_new_tokens": 12, "slots": 3, "temperature": 0.8, "seed": 5}
+    options = {"max_new_tokens": 12, "slots": 3, "sampling": Sampling(0.8, seed=5)}
     whole = {prompt.line: new for prompt, new in generate_many(engine, prompts, **options)}
     assert sorted(whole) == list(range(9))
     for prompt in prompts[::3]:

@@ -70,7 +70,7 @@ def test_a_call_from_another_thread_is_turned_away_at_once(artifact):
         return step(*arguments)
 
     engine.session.step = slow
-    thread = threading.Thread(target=engine.generate_ids, args=([1, 2], 1))
+    thread = threading.Thread(target=engine.generate_ids, args=([1, 2], 2))
     thread.start()
     assert inside.wait(20)
     for call in (engine.reset, lambda: engine.prefill([[1]]), lambda: engine.reserve(1, 1)):
@@ -219,9 +219,10 @@ def test_verify_does_not_bring_back_what_was_replaced(artifact, tmp_path, monkey
 
 def test_a_batch_whose_slots_were_used_meanwhile(artifact):
     engine = load(artifact)
-    prompts = [Prompt(line, {}, ids) for line, ids in enumerate(PROMPTS)]
+    longest = engine.graph.max_length
+    prompts = [Prompt(0, {}, [1, 2, 3]), Prompt(1, {}, [5] * (longest - 2))]
     answers = generate_many(engine, prompts, 5, 2)
-    next(answers)
+    assert next(answers)[0] is prompts[1]  # the other one is under way
     engine.generate_ids([1, 2], 3)
     with pytest.raises(RequestError, match="another call used these slots"):
         list(answers)

@@ -1,0 +1,444 @@
+"""Sequences share slots: each gets what it gets alone, to the bit, and waits for one piece of a prompt at most.
+
+V vocabulary.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL as SIZES
+from conftest import ours, randomise, rival
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_export.conftest import HYBRID, lowered, save_checkpoint
+
+from export import export_onnx
+from runtime import RequestError, load
+from runtime.engine import Engine
+from runtime.scheduler import Event, Request, Scheduler
+from runtime.scheduling.prefixes import PrefixCache
+from runtime.text.sampling import Sampling
+from runtime.text.tokenizer import pieces, until
+from wm_models import CheemsConfig, CheemsForCausalLM
+
+SMALL = Path(__file__).parents[1] / "data" / "artifact-schema-1"  # float32, 3 slots, windows of 40 rows, a tokenizer
+LENGTH = 192
+# int8: several blocks to a row, whose sums a kernel may take in another order
+OPTIONS = {"int8": {"quantize": "int8", "block_size": 16}, "all logits": {"logits": "all"}}
+
+
+def model_of(name):
+    if name == "one head":
+        return ours(rival(num_key_value_heads=1), expert_routing="token")
+    model = CheemsForCausalLM(CheemsConfig(**SIZES, **HYBRID))
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """`engines(name)`: float32 models with one key/value head, with SSD layers, with a window, with the logits of every
+    token, and an int8 model.
+    """
+    made = {"window": SMALL}
+
+    def engine(name):
+        if name not in made:
+            directory = made[name] = tmp_path_factory.mktemp("made") / name
+            if name in OPTIONS:
+                checkpoint = save_checkpoint(directory.parent / "checkpoint")
+                export_onnx(checkpoint, directory, max_length=LENGTH, max_batch=3, **OPTIONS[name])
+            else:
+                lowered(directory, model_of(name), max_length=LENGTH, max_batch=3)
+        return load(made[name], threads=1)
+
+    return engine
+
+
+@pytest.fixture(scope="module", params=["one head", "int8", "hybrid", "window"])
+def engine(request, engines):
+    return engines(request.param)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load(SMALL, threads=1)
+
+
+def prompt(size, seed=0):
+    return np.random.default_rng(seed).integers(3, 200, size).tolist()
+
+
+def collect(scheduler, requests=()):
+    """Begin the requests, step until nothing is left, and give each one's events."""
+    found = {scheduler.begin(request): [] for request in requests}
+    for event in scheduler.run():
+        found.setdefault(event.sequence, []).append(event)
+    return list(found.values())
+
+
+def said(events):
+    """What a caller sees of a sequence, apart from its number."""
+    return [(e.token, e.text, e.logprob, e.top_logprobs, e.finish_reason) for e in events]
+
+
+REQUESTS = st.tuples(
+    st.integers(1, 60),  # the prompt's tokens
+    st.integers(1, 12),  # new ones
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([None, 2]),  # logprobs
+    st.integers(0, 9),  # the step before which it begins
+    st.sampled_from([None, None, None, 3, 12]),  # the step before which it is cancelled
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_company_changes_nothing(engine, data):
+    """Joins and leaves at random: tokens, texts and logprobs are the same bits as alone on the same scheduler."""
+    plans = data.draw(st.lists(REQUESTS, min_size=2, max_size=7))
+    requests = [
+        Request(prompt(size, index), new, Sampling(temperature, seed=index), logprobs=logprobs)
+        for index, (size, new, temperature, logprobs, _, _) in enumerate(plans)
+    ]
+    alone = [said(collect(Scheduler(engine, 3, chunk=16), [request])[0]) for request in requests]
+    scheduler, numbers, events = Scheduler(engine, 3, chunk=16), {}, {}
+    for step in range(1000):
+        for index, (*_, begins, ends) in enumerate(plans):
+            if step == begins:
+                numbers[index] = scheduler.begin(requests[index])
+            if ends is not None and step == begins + ends:
+                scheduler.cancel(numbers[index])
+        if step > 21 and scheduler.idle:
+            break
+        for event in scheduler.step():
+            events.setdefault(event.sequence, []).append(event)
+    for index, expected in enumerate(alone):
+        found = said(events[numbers[index]])
+        if found[-1][-1] == "cancelled":
+            assert found[:-1] == expected[: len(found) - 1]
+        else:
+            assert found == expected
+    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    assert not engine.lengths.any()
+
+
+def test_a_step_computes_the_slots_in_use(engine):
+    """A lone request costs one slot, or the few that the kernels take at once, wherever others have been."""
+    scheduler, least = Scheduler(engine, 3), engine.session.row_multiple
+    collect(scheduler, [Request(prompt(5, seed), 3 + 9 * seed) for seed in range(3)])
+    assert scheduler.counters.steps == 20
+    several = 2 * -(-3 // least) * least + 9 * -(-2 // least) * least
+    assert scheduler.counters.rows == several + 9 * least
+    lone = Scheduler(engine, 3, exact=False)
+    collect(lone, [Request(prompt(9), 8)])
+    assert lone.counters.rows == lone.counters.steps == 7
+
+
+def test_a_long_prompt_holds_nobody_up(small):
+    """Each step brings every running sequence a token and computes one piece; those that begin take turns."""
+    scheduler = Scheduler(small, 3, chunk=16)
+    running = scheduler.begin(Request(prompt(5), 40))
+    scheduler.step()
+    long = scheduler.begin(Request(prompt(160), 2))
+    steps = [[event.sequence for event in scheduler.step()] for _ in range(4)]
+    assert steps == [[running]] * 4
+    short = scheduler.begin(Request(prompt(7), 2))
+    steps = [[event.sequence for event in scheduler.step()] for _ in range(7)]
+    assert all(running in step for step in steps)
+    assert min(index for index, step in enumerate(steps) if short in step) <= 1
+    assert min(index for index, step in enumerate(steps) if long in step) == 6  # ten pieces, one step for the short one
+
+
+def test_pieces_of_short_prompts_share_a_step(small):
+    scheduler = Scheduler(small, 3, chunk=16)
+    numbers = [scheduler.begin(Request(prompt(size), 5)) for size in (5, 6, 7)]
+    assert [event.sequence for event in scheduler.step()] == numbers[:2]
+
+
+def test_cancel(small):
+    """One that waits, one whose prompt is computed and one that runs: each ends once, and its slot is free at once."""
+    scheduler = Scheduler(small, 2, chunk=16)
+    running, begun, waits = (scheduler.begin(Request(prompt(size), 20)) for size in (3, 100, 5))
+    scheduler.step()
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+    for number in (running, begun, waits):
+        scheduler.cancel(number)
+    scheduler.cancel(running)
+    assert (scheduler.running, scheduler.waiting, scheduler.idle) == (0, 0, False)
+    after = [scheduler.begin(Request(prompt(4), 3)) for _ in range(2)]
+    events = scheduler.step()
+    assert [(e.sequence, e.token, e.finish_reason) for e in events[:3]] == [
+        (each, None, "cancelled") for each in (running, begun, waits)
+    ]
+    assert events[0].new_tokens == 1
+    assert [event.sequence for event in events[3:]] == after
+    list(scheduler.run())
+    scheduler.cancel(after[0])
+    assert scheduler.idle
+
+
+def test_finish_reasons(small):
+    ids = small.generate_ids(prompt(20), 12)
+    text = small.tokenizer.decode(ids)
+    scheduler = Scheduler(small, 3)
+
+    def end(**options):
+        *_, last = collect(scheduler, [Request(prompt(20), **options)])[0]
+        return last.finish_reason, last.new_tokens, last.token
+
+    assert end(max_new_tokens=12) == ("length", 12, ids[-1])
+    assert end(max_new_tokens=0) == ("length", 0, None)
+    assert end(stop_ids=(ids[4],)) == ("stop", ids.index(ids[4]), None)
+    reason, count, token = end(max_new_tokens=12, stop=(text[3:5],))
+    assert (reason, token) == ("stop", ids[count - 1])
+    *_, last = collect(scheduler, [Request(prompt(190), 20)])[0]
+    assert (last.finish_reason, last.new_tokens) == ("length", 3)  # 192 tokens to a slot, and the last needs no row
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 99), at=st.integers(0, 30), length=st.integers(1, 6))
+def test_stop_strings_across_pieces(small, seed, at, length):
+    """A stop cut out of the text that comes: the events' texts are that text up to the first place where it is."""
+    sampling = Sampling(1.0, seed=seed)
+    ids = small.generate_ids([40, 50], 30, temperature=1.0, seed=seed)
+    whole = "".join(pieces(small.tokenizer, ids))
+    stop = whole[at : at + length]
+    stops = (stop, "never there") if stop else ("never there",)
+    (events,) = collect(Scheduler(small, 3), [Request([40, 50], 30, sampling, stops)])
+    assert "".join(event.text for event in events) == "".join(until(pieces(small.tokenizer, ids), stops))
+    assert (events[-1].finish_reason == "stop") == (bool(stop) or len(ids) < 30)
+    assert [event.token for event in events if event.token is not None] == ids[: events[-1].new_tokens]
+
+
+def test_each_has_its_own_draws(small):
+    seeds = [1, 2, 1]
+    found = collect(Scheduler(small, 3), [Request([40], 12, Sampling(1.0, seed=seed)) for seed in seeds])
+    ids = [[event.token for event in events if event.token is not None] for events in found]
+    assert ids[0] == ids[2] == small.generate_ids([40], 12, temperature=1.0, seed=1)
+    assert ids[0] != ids[1]
+
+
+def log_softmax(logits):
+    scores = logits.astype(np.float64)
+    return scores - np.logaddexp.reduce(scores)
+
+
+def test_logprobs_are_the_models_own(small):
+    """Whatever the bias, the temperature and the penalty: those of the logits alone."""
+    request = Request([40, 60], 6, Sampling(0.7, repetition_penalty=1.2, seed=1), logit_bias={7: 2.5}, logprobs=3)
+    (events,) = collect(Scheduler(small, 3), [request])
+    seen = [40, 60]
+    for event in events:
+        small.reset()
+        expected = log_softmax(small.prefill([seen])[0])
+        assert event.logprob == pytest.approx(expected[event.token], abs=1e-5)
+        assert [token for token, _ in event.top_logprobs] == np.argsort(-expected, kind="stable")[:3].tolist()
+        np.testing.assert_allclose([value for _, value in event.top_logprobs], np.sort(expected)[::-1][:3], atol=1e-5)
+        seen.append(event.token)
+
+
+def test_a_bias_and_a_constraint_decide(small):
+    class Even:
+        """Even ids alone, until three are there; then an end id."""
+
+        def __init__(self):
+            self.taken = []
+
+        def allowed(self):
+            ids = np.arange(260)
+            return ids == 2 if len(self.taken) == 3 else ids % 2 == 0
+
+        def advance(self, token):
+            self.taken.append(token)
+
+    rules = [Even(), Even()]
+    scheduler = Scheduler(small, 3)
+    requests = [
+        Request([40], 9, Sampling(2.0, seed=3), constraint=rules[0]),
+        Request([40], 4, logit_bias={77: 1000.0}),
+        Request([40], 9, logit_bias={78: 1000.0}, constraint=rules[1]),
+    ]
+    first, second, third = collect(scheduler, requests)
+    assert first[-1].finish_reason == third[-1].finish_reason == "stop"
+    assert [event.token for event in first[:-1]] == rules[0].taken
+    assert [event.token for event in second] == [77] * 4
+    assert rules[1].taken == [78] * 3
+    rules[0].allowed = lambda: np.zeros(260, bool)
+    (events,) = collect(scheduler, [Request([40], 9, constraint=rules[0])])
+    assert events[-1].finish_reason == "error"
+    assert "allows no token" in events[-1].error
+
+
+def scores(engine, ids):
+    """The logprob of each of the ids after those before it, token by token through `decode`."""
+    engine.reset()
+    logits, found = engine.prefill([ids[:1]])[0], []
+    for token in ids[1:]:
+        found.append(log_softmax(logits)[token])
+        logits = engine.decode([token])[0]
+    return found
+
+
+def test_the_prompts_logprobs(small):
+    """A graph that has the last token's logits alone is stepped token by token."""
+    ids = prompt(21)
+    expected = scores(small, ids)
+    (events,) = collect(Scheduler(small, 3), [Request(ids, 2, logprobs=1, prompt_logprobs=True)])
+    assert events[0].prompt_logprobs[0] is None
+    assert [each.token for each in events[0].prompt_logprobs[1:]] == ids[1:]
+    np.testing.assert_allclose([each.logprob for each in events[0].prompt_logprobs[1:]], expected, atol=1e-5)
+    assert all(each.top[0][1] >= each.logprob for each in events[0].prompt_logprobs[1:])
+    assert events[1].prompt_logprobs is None
+    np.testing.assert_allclose(small.score(ids), expected, atol=1e-5)
+
+
+def test_the_prompts_logprobs_of_a_graph_that_has_them(engines):
+    engine, ids = engines("all logits"), prompt(21)
+    expected = scores(engine, ids)
+    np.testing.assert_allclose(engine.score(ids), expected, atol=1e-5)
+    scheduler = Scheduler(engine, 2, chunk=8)
+    first, second = collect(scheduler, [Request(ids, 0, prompt_logprobs=True), Request(ids, 3)])
+    np.testing.assert_allclose([each.logprob for each in first[0].prompt_logprobs[1:]], expected, atol=1e-5)
+    assert [event.token for event in second] == engine.generate_ids(ids, 3)
+
+
+def test_a_second_turn_begins_where_the_first_was(engine):
+    """The same bits with reuse and without; where rows were evicted, nothing is shared and that is counted."""
+    first = Request(prompt(70), 8, logprobs=0)
+    (answer,) = collect(Scheduler(engine, 3, chunk=16), [first])
+    turn = [*first.ids, *(event.token for event in answer if event.token is not None), *prompt(9, seed=1)]
+    second = Request(turn, 8, Sampling(1.0, seed=0), logprobs=0)
+    (expected,) = collect(Scheduler(engine, 3, chunk=16), [second])
+    scheduler = Scheduler(engine, 3, chunk=16)
+    collect(scheduler, [first, Request(prompt(50, seed=2), 20)])
+    (found,) = collect(scheduler, [second])
+    assert said(found) == said(expected)
+    reused = 32 if engine.graph.window else 64  # whole pieces of 16; the window has 40 rows
+    assert found[-1].reused_tokens == scheduler.counters.reused_tokens == reused
+    assert scheduler.counters.cache_hits == 1
+    assert bool(scheduler.counters.unshared_pieces) == (engine.graph.window is not None)
+    (alone,) = collect(scheduler, [Request(turn, 8, Sampling(1.0, seed=0), logprobs=0, reuse=False)])
+    assert said(alone) == said(expected)
+    assert alone[-1].reused_tokens == 0
+
+
+def test_a_prompt_that_is_kept_whole_still_computes_its_end(small):
+    scheduler = Scheduler(small, 3, chunk=16)
+    found = [collect(scheduler, [Request(prompt(32), 4, logprobs=0)])[0] for _ in range(2)]
+    assert [events[-1].reused_tokens for events in found] == [0, 16]
+    assert said(found[0]) == said(found[1])
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=8), max_size=30), st.integers(0, 6))
+def test_prefixes_are_bounded_and_right(prompts, most):
+    """Every block found is that of the very ids before it, and no more than `most` are kept."""
+    cache = PrefixCache(2, most * 8)
+    for ids in prompts:
+        found = cache.find(ids)
+        assert len(found) <= (len(ids) - 1) // 2
+        for index, (block,) in enumerate(found):
+            assert block.tolist() == [int("1" + "".join(map(str, ids[: 2 * index + 2])))]
+        for end in range(2, len(ids) + 1):
+            key = cache.wants(ids[:end])
+            if key is not None:
+                cache.keep(key, [np.array([int("1" + "".join(map(str, ids[:end])))])])
+        assert cache.used <= most * 8
+        if most >= 4:
+            assert len(cache.find(ids)) == (len(ids) - 1) // 2
+
+
+def test_logits_that_are_not_finite_end_one_sequence(small, monkeypatch):
+    """The others go on, and who has the slot next gets what it gets alone."""
+    requests = [Request(prompt(9, seed), 8, logprobs=0) for seed in range(3)]
+    alone = [said(collect(Scheduler(small, 3), [request])[0]) for request in requests]
+    scheduler, step, calls = Scheduler(small, 2), small.session.step, []
+
+    def broken(*arguments):
+        found = step(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            small.session.caches[0][0] = np.nan
+            found = found.copy()
+            found[0, 5] = np.nan
+        return found
+
+    monkeypatch.setattr(small.session, "step", broken)
+    found = collect(scheduler, requests)
+    assert found[0][-1].finish_reason == "error"
+    assert "after token 12 are not finite" in found[0][-1].error
+    assert said(found[0][:-1]) == alone[0][: len(found[0]) - 1]
+    assert [said(events) for events in found[1:]] == alone[1:]
+
+
+def test_a_step_that_fails_ends_those_that_took_part(small, monkeypatch):
+    def fail(*arguments):
+        raise RequestError("out of memory")
+
+    scheduler = Scheduler(small, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(small.session, "step", fail)
+        first, second = collect(scheduler, [Request([40], 5), Request([41], 1)])
+    assert [(event.finish_reason, event.error) for event in first] == [(None, None), ("error", "out of memory")]
+    assert [event.finish_reason for event in second] == ["length"]
+    assert said(collect(scheduler, [Request([40], 5)])[0])[-1][-1] == "length"
+
+
+def test_usage_and_counters(small):
+    scheduler = Scheduler(small, 3)
+    found = collect(scheduler, [Request(prompt(9), 4), Request(prompt(5), 2, text=False)])
+    assert [(events[-1].prompt_tokens, events[-1].new_tokens) for events in found] == [(9, 4), (5, 2)]
+    assert [sum(event.finish_reason is not None for event in events) for events in found] == [1, 1]
+    assert (scheduler.counters.prompt_tokens, scheduler.counters.new_tokens) == (14, 6)
+    assert any(event.text for event in found[0])
+    assert not any(event.text for event in found[1])
+
+
+def test_slots_that_another_call_uses(small):
+    scheduler = Scheduler(small, 3)
+    scheduler.begin(Request([40], 9))
+    scheduler.step()
+    small.reset()
+    with pytest.raises(RequestError, match="another call used these slots"):
+        scheduler.step()
+    scheduler = Scheduler(small, 3)
+    expected = said(collect(scheduler, [Request([40], 9)])[0])
+    small.generate_ids([40], 2)
+    assert said(collect(scheduler, [Request([40], 9)])[0]) == expected  # nothing was under way
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ids": []}, "the prompt is empty"),
+        ({"ids": [1, 300]}, "token id 300 at position 1"),
+        ({"ids": [1] * 193}, "193 tokens; this artifact's capacity is 192"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"stop": ("",)}, "a stop string is empty"),
+        ({"logprobs": -1}, "logprobs is -1; expected 0 to 260"),
+        ({"logit_bias": {260: 1.0}}, "logit_bias has token id 260"),
+        ({"logit_bias": {2: float("nan")}}, "logit_bias of token id 2 is nan"),
+    ],
+)
+def test_requests_that_are_refused(small, options, words):
+    scheduler = Scheduler(small, 3)
+    with pytest.raises(RequestError, match=words):
+        scheduler.begin(Request(**{"ids": [1], **options}))
+    assert scheduler.idle
+
+
+def test_schedulers_that_are_refused(small, engines):
+    with pytest.raises(RequestError, match="slots is 4; this artifact serves 1 to 3"):
+        Scheduler(small, 4)
+    with pytest.raises(RequestError, match="chunk is 0"):
+        Scheduler(small, 1, chunk=0)
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        Scheduler(engines("one head")).begin(Request([1], stop=("x",)))
+
+
+def test_events_of_one_request(small):
+    events = list(small.events(Request([40, 41], 5)))
+    assert isinstance(small, Engine)
+    assert all(isinstance(event, Event) for event in events)
+    assert [event.token for event in events] == small.generate_ids([40, 41], 5)
