@@ -81,12 +81,13 @@ class Sequence:
         if self._stops.found:
             return self._event(token, text, known, "stop")
         if self.new == self.room:
-            return self._event(token, text + self._rest(), known, "length")
+            text += self._rest()  # in which there may be a stop
+            return self._event(token, text, known, "stop" if self._stops.found else "length")
         return self._event(token, text, known)
 
     def end(self, reason: FinishReason, error: str | None = None) -> Event:
-        """The end without another token; what was held back of the text comes with it."""
-        return self._event(None, self._rest(), None, reason, error)
+        """The end without another token; what was held back of the text comes with it where it is complete."""
+        return self._event(None, self._rest() if reason in ("stop", "length") else "", None, reason, error)
 
     def _rest(self) -> str:
         if self._stream is None or self._stops.found:
