@@ -203,8 +203,11 @@ class Scheduler:
         slot, session = sequence.slot, self.engine.session
         done = int(self._lengths[slot])
         self._make_room(done + size)
-        rows = session.step_slot(slot, np.array(sequence.ids[done : done + size]), self._lengths)
-        self._lengths[slot] = end = done + size
+        end = done + size
+        # logits that nobody reads stay where they are
+        plain = sequence.prompt_logprobs is None and (sequence.plain or end < sequence.prompt_tokens)
+        rows = session.step_slot(slot, np.array(sequence.ids[done:end]), self._lengths, plain)
+        self._lengths[slot] = end
         if sequence.prompt_logprobs is not None:
             sequence.note_prompt(rows, done)
         elif sequence.shares and (key := self._prefixes.wants(sequence.ids[:end])):
@@ -216,7 +219,11 @@ class Scheduler:
             return
         self._prefilling.remove(sequence)
         self._running.append(sequence)
-        events.append(self._note(sequence, sequence.choose(rows[-1]) if sequence.room else sequence.end("length")))
+        if not sequence.room:
+            event = sequence.end("length")
+        else:
+            event = sequence.take(int(rows[0])) if plain else sequence.choose(rows[-1])
+        events.append(self._note(sequence, event))
 
     def _decode(self) -> list[Event]:
         """One token of each running sequence."""

@@ -61,11 +61,14 @@ class Session(Protocol):
         """
         ...
 
-    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+    def step_slot(
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
         """Append input_ids (S,), int64, to one slot; the others keep their content. cache_lengths (B) as in `step`.
 
         Returns logits, float32: (S, V) of every id where `graph.logits` is "all", else (1, V) of the last. They may
-        lie in a buffer that the next step overwrites.
+        lie in a buffer that the next step overwrites. With `argmax` the id (1,), int64, of the last id's largest logit,
+        -1 where logits are not finite, in an array of its own.
         """
         ...
 

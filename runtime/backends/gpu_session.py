@@ -145,10 +145,13 @@ class GpuSession:
         found = widened(logits, self.graph.dtype).astype(np.float32, copy=False)
         return argmax_ids(last_rows(found, sequence_lengths)) if argmax else found
 
-    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+    def step_slot(
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot while the others sit it out.
 
-        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V), as `step`.
+        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V); or the `argmax`
+        of the last, (1,), as `step`.
         Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
         """
         lengths = cache_lengths.copy()
@@ -159,9 +162,10 @@ class GpuSession:
             chunk = input_ids[start : start + room]
             ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
             ids[slot], new[slot] = chunk, chunk.size
-            found.append(self._step(ids, lengths, new)[slot].copy())
+            made = self._step(ids, lengths, new, argmax)
+            found.append(made[slot : slot + 1] if argmax else made[slot].copy())
             lengths = lengths + new
-        return np.concatenate(found) if self.graph.logits == "all" else found[-1]
+        return np.concatenate(found) if self.graph.logits == "all" and not argmax else found[-1]
 
     row_multiple = 1  # a step always computes all slots
 

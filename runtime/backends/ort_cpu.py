@@ -122,13 +122,17 @@ class OnnxSession:
         found = last_rows(self._run(0, count, input_ids, lengths[0], sequence_lengths, *lengths[1:]), sequence_lengths)
         return argmax_ids(found) if argmax else found
 
-    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+    def step_slot(
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot and its part of the caches alone.
 
-        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V), as `step`.
+        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V); or the `argmax`
+        of the last, (1,), as `step`.
         """
         lengths = self.eviction.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
-        return self._run(slot, slot + 1, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+        found = self._run(slot, slot + 1, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
+        return argmax_ids(found[-1:]) if argmax else found
 
     @property
     def row_multiple(self) -> int:

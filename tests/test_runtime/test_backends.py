@@ -66,10 +66,10 @@ class ToySession:
         logits = -np.abs(np.arange(self.graph.logits_width) - self.seen[:count, None] - 1).astype(np.float32)
         return logits.argmax(-1) if argmax else logits
 
-    def step_slot(self, slot, input_ids, cache_lengths):
+    def step_slot(self, slot, input_ids, cache_lengths, argmax=False):
         new = np.zeros(self.batch, np.int64)
         new[slot] = input_ids.size
-        return self.step(np.tile(input_ids, (self.batch, 1)), cache_lengths, new)[slot : slot + 1]
+        return self.step(np.tile(input_ids, (self.batch, 1)), cache_lengths, new, argmax)[slot : slot + 1]
 
     row_multiple = 1
 
@@ -212,10 +212,15 @@ def test_one_slot(opened, rows):
         found = opened.step_slot(1, part, lengths)[-1].copy()
         lengths[1] += part.size
     assert (found.shape, found.dtype) == ((VOCABULARY,), np.float32)
+    ids = opened.step_slot(0, np.array([6]), lengths, argmax=True)
+    assert (ids.shape, ids.dtype) == ((1,), np.int64)
+    lengths[0] += 1
     slots.lengths = lengths
     after = slots.append([7], [8])
+    alone = Slots(opened, 1)
+    assert alone.append([*rows[0][:30], 6])[0].argmax() == ids[0]
     same([found], Slots(opened, 1).append(rows[2][:12]))
-    same(after[:1], Slots(opened, 1).append([*rows[0][:30], 7]))
+    same(after[:1], Slots(opened, 1).append([*rows[0][:30], 6, 7]))
     same(after[1:], Slots(opened, 1).append([*rows[2][:12], 8]))
 
 
