@@ -14,12 +14,13 @@ float32 and int8 on the CPU. Three things see to that.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from runtime.errors import RequestError
+from runtime.ids import as_integer
 from runtime.scheduling.prefixes import PrefixCache
 from runtime.scheduling.request import Constraint, Event, FinishReason, Logprob, Request
 from runtime.scheduling.sequence import Sequence
@@ -65,12 +66,9 @@ class Scheduler:
     ):  # fmt: skip
         engine.check_task(classifies=False)
         most = engine.graph.max_batch
-        if slots is not None and not 1 <= slots <= most:
-            raise RequestError(f"slots is {slots}; this artifact serves 1 to {most}")
-        if chunk < 1:
-            raise RequestError(f"chunk is {chunk}; expected at least 1")
-        self.engine, self.slots, self.counters = engine, slots or most, Counters()
-        self.chunk = min(chunk, engine.session.chunk)
+        self.engine, self.counters = engine, Counters()
+        self.slots = most if slots is None else as_integer(slots, "slots", 1, most)
+        self.chunk = min(as_integer(chunk, "chunk", 1), engine.session.chunk)
         self._multiple = engine.session.row_multiple if exact and self.slots > 1 else 1
         self._prefixes = PrefixCache(self.chunk, prefix_memory)
         self._held: object = None
@@ -102,11 +100,11 @@ class Scheduler:
     def begin(self, request: Request) -> int:
         """Queue a request; returns the number by which events name it. Raises `RequestError` if it cannot be met."""
         request.check(self.engine.graph.vocabulary)
-        self.engine.check_prompt(request.ids)
+        ids = self.engine.check_prompt(request.ids).tolist()
         if request.stop and self.engine.tokenizer is None:
             raise RequestError(f"{self.engine.artifact.path}: has no tokenizer, which stop strings need; use stop_ids")
-        room = min(request.max_new_tokens, self.engine.graph.max_length - len(request.ids) + 1)
-        sequence = Sequence(self._numbers, request, room, self.engine.end_ids, self.engine.tokenizer)
+        room = min(request.max_new_tokens, self.engine.graph.max_length - len(ids) + 1)
+        sequence = Sequence(self._numbers, replace(request, ids=ids), room, self.engine.end_ids, self.engine.tokenizer)
         self._numbers += 1
         self._sequences[sequence.number] = sequence
         self._waiting.append(sequence)

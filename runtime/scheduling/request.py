@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from runtime.errors import RequestError
+from runtime.ids import as_integer
 from runtime.text.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -63,15 +64,15 @@ class Request:
 
     def check(self, vocabulary: int) -> None:
         """Raise `RequestError` for values that no engine can serve; the prompt's ids are checked by the engine."""
-        if self.max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; expected 0 or more")
+        as_integer(self.max_new_tokens, "max_new_tokens", 0)
+        for token in self.stop_ids:
+            as_integer(token, "a stop id", 0)
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty; expected at least one character")
-        if self.logprobs is not None and not 0 <= self.logprobs <= vocabulary:
-            raise RequestError(f"logprobs is {self.logprobs}; expected 0 to {vocabulary}")
+        if self.logprobs is not None:
+            as_integer(self.logprobs, "logprobs", 0, vocabulary)
         for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"logit_bias has token id {token}; expected 0 to {vocabulary - 1}")
+            as_integer(token, "a token id of logit_bias", 0, vocabulary - 1)
             if not np.isfinite(bias):
                 raise RequestError(f"logit_bias of token id {token} is {bias}; expected a finite number")
 

@@ -414,10 +414,10 @@ def test_slots_that_another_call_uses(small):
         ({"ids": []}, "the prompt is empty"),
         ({"ids": [1, 300]}, "token id 300 at position 1"),
         ({"ids": [1] * 193}, "193 tokens; this artifact's capacity is 192"),
-        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens is '-1'; expected an integer, 0 or more"),
         ({"stop": ("",)}, "a stop string is empty"),
-        ({"logprobs": -1}, "logprobs is -1; expected 0 to 260"),
-        ({"logit_bias": {260: 1.0}}, "logit_bias has token id 260"),
+        ({"logprobs": -1}, "logprobs is '-1'; expected an integer, 0 to 260"),
+        ({"logit_bias": {260: 1.0}}, "a token id of logit_bias is '260'; expected an integer, 0 to 259"),
         ({"logit_bias": {2: float("nan")}}, "logit_bias of token id 2 is nan"),
     ],
 )
@@ -429,9 +429,9 @@ def test_requests_that_are_refused(small, options, words):
 
 
 def test_schedulers_that_are_refused(small, engines):
-    with pytest.raises(RequestError, match="slots is 4; this artifact serves 1 to 3"):
+    with pytest.raises(RequestError, match="slots is '4'; expected an integer, 1 to 3"):
         Scheduler(small, 4)
-    with pytest.raises(RequestError, match="chunk is 0"):
+    with pytest.raises(RequestError, match="chunk is '0'; expected an integer, 1 or more"):
         Scheduler(small, 1, chunk=0)
     with pytest.raises(RequestError, match="has no tokenizer"):
         Scheduler(engines("one head")).begin(Request([1], stop=("x",)))
