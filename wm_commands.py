@@ -1,4 +1,7 @@
-"""The console commands wm-run, wm-export and wm-train: each says which extra is missing before it imports its code."""
+"""The console commands: wm-export and wm-train say which extra is missing before they import the code that needs it.
+
+wm-run starts without any: the backends, chat templates and the server name their own.
+"""
 
 import sys
 from importlib.util import find_spec
@@ -14,7 +17,6 @@ EXTRAS = {
 
 
 def wm_run() -> None:
-    _require("wm-run", "cpu")
     from runtime.cli import main
 
     main()
@@ -28,7 +30,7 @@ def wm_export() -> None:
 
 
 def wm_train() -> None:
-    _require("wm-train", "train", "cpu")
+    _require("wm-train", "train")
     from wm_models.training.cli import main
 
     main()

@@ -38,7 +38,6 @@ def test_the_modules_looked_for_are_those_of_the_extra(extra):
         ("wm_export", "onnxscript", "wm-models[export]'"),
         ("wm_export", "onnxruntime", "wm-models[cpu]', or gpu in place of cpu"),
         ("wm_train", "datasets", "wm-models[train]'"),
-        ("wm_run", "onnxruntime", "wm-models[cpu]', or gpu in place of cpu"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(command, absent, extra, monkeypatch, capsys):
