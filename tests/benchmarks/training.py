@@ -30,7 +30,7 @@ def peak_gemm() -> float:
     times = []
     for _ in range(8):
         started = time.perf_counter()
-        left @ right
+        torch.matmul(left, right)
         times.append(time.perf_counter() - started)
     return 2 * 2048**3 / min(times)
 
