@@ -14,7 +14,6 @@ EXCEPTIONS = {
 }
 # What is still being split.
 UNDER_WAY = {
-    "runtime/artifact/manifest.py",
     "runtime/cli.py: generate", "runtime/cli.py: classify", "export/cli.py: onnx", "export/cli.py: tensorrt",
     "export/targets/tensorrt.py: build_tensorrt", "export/targets/onnx_graph.py: export_onnx",
     "export/package/directory.py: describe",
