@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
+from importlib.metadata import version
 from typing import Annotated, Any, get_type_hints
 
 import click
@@ -22,8 +23,13 @@ from runtime.options import option as option
 DELAY = 5.0  # seconds before a progress bar shows
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command. A parameter that is a dataclass becomes one option for each `option` field."""
+def command(
+    app: typer.Typer, name: str | None = None, *, no_args_is_help: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command. A parameter that is a dataclass becomes one option for each `option` field.
+
+    `no_args_is_help`: whether the command shows its help where nothing is given.
+    """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(run, include_extras=True)
@@ -47,7 +53,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
         signature = inspect.Signature(sorted(parameters, key=lambda each: each.default is not inspect.Parameter.empty))
         flat.__signature__ = signature  # type: ignore[attr-defined]
         flat.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(name)(flat)
+        app.command(name, no_args_is_help=no_args_is_help)(flat)
         return run
 
     return register
@@ -91,6 +97,23 @@ class Progress:
         self._bar.update(self._task, advance=1, visible=time.monotonic() - self._started > DELAY)
 
 
+def answered(flag: str, help: str, answer: Callable[[], str]) -> Any:
+    """An option that prints its answer and ends the command, whatever else was given."""
+
+    def show(given: bool) -> None:
+        if given:
+            print(answer())
+            raise typer.Exit
+
+    return typer.Option(flag, is_eager=True, help=help, callback=show)
+
+
+# A parameter of every command line: Version = False
+Version = Annotated[
+    bool, answered("--version", "Show the version and exit.", lambda: f"wm-models {version('wm-models')}")
+]
+
+
 def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ()) -> None:
     """Run a command line and leave the process.
 
@@ -104,8 +127,11 @@ def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ())
         code = typer.main.get_command(app).main(arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _leave_unread()
+    except SystemExit:
+        if type(sys.stdout).__name__ != "PacifyFlushWrapper":  # how click ends where nobody reads what it prints
+            raise
+        _leave_unread()
     except (KeyboardInterrupt, click.exceptions.Abort, EOFError):
         _leave(f"{name}: stopped", 130)
     except Exception as error:
@@ -128,6 +154,13 @@ def run(app: typer.Typer, name: str, failures: tuple[type[Exception], ...] = ())
         _leave(f"{name}: unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_unread() -> None:
+    """End well where the reader of the output has gone, which is how `| head` ends."""
+    sys.stdout = sys.__stdout__
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(0)
 
 
 def _leave(message: str, code: int) -> None:

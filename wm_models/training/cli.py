@@ -4,19 +4,25 @@ import logging
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from runtime.console import command, option, run
+from runtime.console import Version, answered, command, option, run
+from wm_models import PRESETS
 from wm_models.training.errors import TrainingError
-from wm_models.training.recipe import Recipe
+from wm_models.training.recipe import SHIPPED, Recipe
 from wm_models.training.run import estimate, train
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 console = Console(highlight=False, soft_wrap=True)
 PATTERNS = ("held_out", "exclude")  # values of a recipe that are patterns
+
+
+Presets = Annotated[
+    bool, answered("--list-presets", "Show the names of presets and of recipes and exit.", lambda: "\n".join(_names()))
+]
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class RunOptions:
     dry_run: bool = option(False, "Take two parts of a step, and print what the run would need.", flag="--dry-run")
 
 
-@command(app)
-def main_command(run_options: RunOptions, recipe_options: RecipeOptions) -> None:
+@command(app, no_args_is_help=True)
+def main_command(
+    run_options: RunOptions, recipe_options: RecipeOptions, version: Version = False, list_presets: Presets = False
+) -> None:
     """Train a model on text, from a folder to a checkpoint that from_pretrained and wm-export take.
 
     What an option does not say the recipe does; every value of a recipe is in the file.
@@ -79,6 +87,10 @@ def main_command(run_options: RunOptions, recipe_options: RecipeOptions) -> None
         _print_estimate(plan)
     elif out is not None:
         _print_result(train(plan, out, run_options.resume, console), out)
+
+
+def _names() -> list[str]:
+    return sorted({*PRESETS, *(file.stem for file in SHIPPED.glob("*.toml"))})
 
 
 def _print_estimate(plan: Recipe) -> None:
