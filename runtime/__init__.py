@@ -1,5 +1,6 @@
 """Load an exported model and generate or classify with it: numpy, ONNX Runtime, tokenizers, nothing else of weight."""
 
+import logging
 from importlib.metadata import version
 
 from runtime.backends.registry import BACKENDS
@@ -28,3 +29,5 @@ __all__ = [
     "load",
     "read_prompts",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the application wants to hear

@@ -3,6 +3,8 @@
 B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from os import PathLike
@@ -16,12 +18,15 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Options, Session
 from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
+from runtime.host.budget import Budget
 from runtime.ids import as_integers
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
 from runtime.text.labels import CONFIG, label_names
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer
+
+LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -32,6 +37,8 @@ def load(
     threads: int | None = None,
     allow_unverified: bool = False,
     public_key: str | PathLike[str] | bytes | None = None,
+    max_bytes: int | None = None,
+    max_seconds: float | None = None,
 ) -> "Engine":
     """Load an artifact directory.
 
@@ -39,7 +46,8 @@ def load(
     artifact), or "auto": the first in `runtime.backends.registry.BACKENDS` for which nothing is missing. A backend
     asked for by name is used, or refused with what is missing. `device`: the index of the GPU, 0 for the first; refused
     with a backend that has none. `threads`: threads of the CPU (default: the physical cores). `public_key`: an Ed25519
-    key's PEM file or its bytes; only what its holder signed is loaded.
+    key's PEM file or its bytes; only what its holder signed is loaded. `max_bytes`: the most that the weights may have
+    (default: the memory that is free). `max_seconds`: the longest that loading may take (default: no limit).
 
     Raises `ArtifactError` for a directory that is missing, damaged, not verified or not signed and for an engine that
     does not fit the GPU; `RequestError` for a backend that is unknown or cannot run here and for other wrong arguments.
@@ -49,9 +57,22 @@ def load(
         raise RequestError(f"threads is {threads}; expected at least 1")
     if device is not None and device < 0:
         raise RequestError(f"device is {device}; expected 0 or more")
-    with open_artifact(Path(directory), allow_unverified, public_key) as artifact:
-        session = choose_backend(artifact, backend, device).open(artifact, Options(threads, device or 0))
-    return Engine(artifact, session)
+    budget, began = Budget(max_bytes, max_seconds), time.monotonic()
+    try:
+        with open_artifact(Path(directory), allow_unverified, public_key, budget) as artifact:
+            chosen = choose_backend(artifact, backend, device)
+            session = chosen.open(artifact, Options(threads, device or 0, budget))
+        engine = Engine(artifact, session)
+    except (ArtifactError, RequestError) as error:
+        LOG.warning("refused to load %s: %s", directory, error)
+        raise
+    LOG.info(
+        "loaded %s: %s, %d parameters, %s, quantization %s, backend %s (%s was asked for) on %s, %s, %.2f s",
+        directory, artifact.model_type, artifact.parameters, artifact.graph.dtype, artifact.graph.quantization,
+        chosen.name, backend, session.device_name, "unsigned" if public_key is None else "signed",
+        time.monotonic() - began,
+    )  # fmt: skip
+    return engine
 
 
 class Engine(Slots):

@@ -4,8 +4,7 @@ import hashlib
 import os
 import stat
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from runtime.errors import ArtifactError
@@ -67,9 +66,19 @@ class Folder:
             if _state(now) != _state(before):
                 raise ArtifactError(f"{self.path / name}: was changed or replaced while it was loaded; load it again")
 
-    def close(self) -> None:
-        """Give the descriptors back; nothing can be read any more."""
-        self._close()
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise `ArtifactError` where the path of a file that was opened leads to another file by now."""
+        for name in names:
+            path, opened = self.path / name, os.fstat(self._open(name)[0])
+            now = os.stat(path, follow_symlinks=False)
+            if (now.st_dev, now.st_ino) != (opened.st_dev, opened.st_ino):
+                raise ArtifactError(f"{path}: was changed or replaced while it was loaded; load it again")
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Close the files `names`, which will not be read again."""
+        for name in names:
+            if name in self._files:
+                os.close(self._files.pop(name)[0])
 
     def _open(self, name: str) -> tuple[int, os.stat_result]:
         if name not in self._files:
@@ -78,28 +87,23 @@ class Folder:
             try:
                 descriptor = os.open(name, flags, dir_fd=self._descriptor)
             except FileNotFoundError:
-                raise ArtifactError(f"{self.path / name}: missing; export the artifact again") from None
-            except OSError as error:
                 raise ArtifactError(
-                    f"{self.path / name}: is a link or a special file, or cannot be read ({error.strerror}); "
-                    "expected a file"
+                    f"{self.path / name}: missing, though the manifest lists it; export again"
                 ) from None
+            except OSError as error:
+                raise self._special(name, error.strerror) from None
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 os.close(descriptor)
-                raise ArtifactError(f"{self.path / name}: is a link or a special file; expected a file")
+                raise self._special(name, "not a regular file")
             self._files[name] = descriptor, found
         return self._files[name]
 
-
-@contextmanager
-def opened(path: Path) -> Iterator[Folder]:
-    """A `Folder` that is closed when the block ends."""
-    folder = Folder(path)
-    try:
-        yield folder
-    finally:
-        folder.close()
+    def _special(self, name: str, reason: str | None) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path / name}: is a link or a special file, so it may lie outside the artifact ({reason}); "
+            "copy the file itself"
+        )
 
 
 def _state(found: os.stat_result) -> tuple[int, int, int]:

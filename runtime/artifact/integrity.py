@@ -7,7 +7,6 @@ B batch (slots), C cache capacity, V vocabulary.
 """
 
 import hashlib
-import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,44 +14,69 @@ from math import prod
 from os import PathLike
 from pathlib import Path
 
-from runtime.artifact.manifest import ELEMENTS, MANIFEST, Artifact, File, Graph, parse_manifest, shown
+from runtime.artifact.folder import Folder
+from runtime.artifact.manifest import ELEMENTS, MANIFEST, TOKENIZER, Artifact, File, Graph, parse_manifest, shown
 from runtime.artifact.onnx_reader import OnnxFile, OnnxFormatError, Value, read_onnx
 from runtime.artifact.signature import check_signature
 from runtime.errors import ArtifactError
+from runtime.host.budget import Budget
 
 DOMAINS = ("", "com.microsoft")  # ONNX's own operators, and ONNX Runtime's
-LARGEST_MANIFEST, LARGEST_TEXT = 4 << 20, 64 << 20  # bytes; texts are what is read whole: JSON files and graphs
+# Bytes of what is read whole. Python's objects of a JSON text take twenty times its size, a tokenizer's own fewer.
+LARGEST_MANIFEST, LARGEST_GRAPH, LARGEST_TEXT, LARGEST_TEXTS = 4 << 20, 16 << 20, 64 << 20, 96 << 20
 
 
 def read_artifact(
-    directory: Path, allow_unverified: bool = False, public_key: str | PathLike[str] | bytes | None = None
+    directory: Path,
+    allow_unverified: bool = False,
+    public_key: str | PathLike[str] | bytes | None = None,
+    budget: Budget | None = None,
 ) -> Artifact:
     """The artifact in `directory`; with `public_key` (a PEM file, or its bytes) only if its holder signed it.
 
     Raises `ArtifactError`.
     """
-    with open_artifact(directory, allow_unverified, public_key) as artifact:
+    with open_artifact(directory, allow_unverified, public_key, budget) as artifact:
         return artifact
 
 
 @contextmanager
 def open_artifact(
-    directory: Path, allow_unverified: bool = False, public_key: str | PathLike[str] | bytes | None = None
+    directory: Path,
+    allow_unverified: bool = False,
+    public_key: str | PathLike[str] | bytes | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[Artifact]:
     """As `read_artifact`, but the graphs' weights are hashed while the block runs, which takes half as long as loading.
 
     All else, their sizes too, is checked before the block, and they by its end: what was made of them is to be used
     after it. With a key their hashes are checked before it too, so nothing computes with bytes that nobody signed.
+    Every file is opened once, and the artifact reads from what was opened.
     """
-    artifact, weights = _read_all_but_weights(directory, allow_unverified, public_key)
-    with ThreadPoolExecutor(1) as pool:
-        hashes = [pool.submit(_check_hash, directory / name, artifact.files[name]) for name in weights]
+    budget = Budget() if budget is None else budget
+    artifact, weights = _read_all_but_weights(Folder(directory), allow_unverified, public_key, budget)
+    pool = ThreadPoolExecutor(1)
+
+    def check_rest() -> None:
+        _raise_first(hashes)
+        artifact.folder.check_unchanged()
+
+    try:
+        hashes = [pool.submit(_check_hash, artifact.folder, name, artifact.files[name], budget) for name in weights]
         if public_key is not None:
             _raise_first(hashes)
         try:
             yield artifact
-        finally:  # a wrong hash explains whatever else went wrong
-            _raise_first(hashes)
+        except Exception:
+            check_rest()  # a wrong hash explains whatever else went wrong
+            raise
+        check_rest()
+    except BaseException:
+        budget.stop()
+        raise
+    finally:
+        pool.shutdown()
+    artifact.folder.forget(artifact.texts)
 
 
 def _raise_first(checks: list[Future[None]]) -> None:
@@ -61,17 +85,16 @@ def _raise_first(checks: list[Future[None]]) -> None:
 
 
 def _read_all_but_weights(
-    directory: Path, allow_unverified: bool, public_key: str | PathLike[str] | bytes | None
+    folder: Folder, allow_unverified: bool, public_key: str | PathLike[str] | bytes | None, budget: Budget
 ) -> tuple[Artifact, list[str]]:
     """The artifact, and the files of its weights, of which only the sizes are checked."""
-    if not directory.is_dir():
-        raise ArtifactError(f"{directory}: no such directory; expected an artifact written by wm-export")
-    path = directory / MANIFEST
-    if not path.exists():
+    directory, path = folder.path, folder.path / MANIFEST
+    if not folder.has(MANIFEST):
         raise ArtifactError(f"{directory}: has no {MANIFEST}, so it is no artifact, or its export did not finish")
-    text = _read(path, _size(path, LARGEST_MANIFEST))
+    _check_limit(folder, MANIFEST, LARGEST_MANIFEST)
+    text = folder.read(MANIFEST)
     if public_key is not None:
-        check_signature(directory, text, public_key)
+        check_signature(folder, text, public_key)
     manifest = parse_manifest(text, path)
     graph, files = manifest.graph, manifest.files
     for name in (graph.file, graph.cpu_file):
@@ -79,25 +102,36 @@ def _read_all_but_weights(
             raise ArtifactError(f"{path}: its graph {shown(name)} is not among its files")
     _check_bounds(path, graph, sum(file.size for file in files.values()))
     for name, file in files.items():
-        _check_size(directory / name, file)
-    weights: set[str] = set()
-    for name in {graph.file, graph.cpu_file}:
-        weights |= _check_graph(directory / name, _checked_text(directory / name, files[name]), graph, files)
+        _check_size(folder, name, file)
+    read = [name for name in files if _is_read(name, files[name])]
+    if (size := sum(files[name].size for name in read)) > LARGEST_TEXTS:
+        raise ArtifactError(f"{directory}: its texts have {size} bytes; expected up to {LARGEST_TEXTS}")
+    graphs = {name: _checked_text(folder, name, files[name]) for name in {graph.file, graph.cpu_file}}
+    weights = {name: _check_graph(directory / name, data, graph, files) for name, data in graphs.items()}
+    budget.check_bytes(sum(files[name].size for name in weights[graph.cpu_file]), f"{directory}: its weights")
     texts = {}
+    hashed = set().union(*weights.values())
     for name, file in files.items():
-        if name.endswith((".json", ".jinja")):
-            texts[name] = _checked_text(directory / name, file)
-        elif name not in weights:
-            _check_hash(directory / name, file)
+        if name in read:
+            texts[name] = _checked_text(folder, name, file)
+        elif name not in hashed and name not in graphs:
+            _check_hash(folder, name, file, budget)
     if not (manifest.verified or allow_unverified):
         raise ArtifactError(
             f"{directory}: failed or lacks its verification; repeat it with wm-export verify, "
             "or load it with allow_unverified=True"
         )
     model = manifest.model
-    return Artifact(
-        directory, text, model.type, model.parameters, graph, manifest.sections, files, texts, manifest.verified
-    ), sorted(weights)
+    artifact = Artifact(
+        directory, text, model.type, model.parameters, graph, manifest.sections, files, texts, manifest.verified,
+        folder, graphs,
+    )  # fmt: skip
+    return artifact, sorted(hashed)
+
+
+def _is_read(name: str, file: File) -> bool:
+    """Whether a file is a text that is held: the tokenizer, and those of a size that a configuration has."""
+    return name == TOKENIZER or (name.endswith((".json", ".jinja")) and file.size <= LARGEST_MANIFEST)
 
 
 def _check_bounds(path: Path, graph: Graph, size: int) -> None:
@@ -176,21 +210,32 @@ def _fits(shape: list[int | None], value: Value) -> bool:
     )
 
 
-def _check_size(path: Path, file: File) -> None:
-    size = _size(path, LARGEST_TEXT if path.suffix in (".json", ".onnx") else None)
+def _check_size(folder: Folder, name: str, file: File) -> None:
+    limit = {".json": LARGEST_TEXT, ".onnx": LARGEST_GRAPH, ".jinja": LARGEST_MANIFEST}.get(Path(name).suffix)
+    size = folder.size(name) if limit is None else _check_limit(folder, name, limit)
     if size != file.size:
-        raise ArtifactError(f"{path}: has {size} bytes; the manifest says {file.size}; export or copy it again")
+        raise ArtifactError(
+            f"{folder.path / name}: has {size} bytes; the manifest says {file.size}; export or copy it again"
+        )
 
 
-def _checked_text(path: Path, file: File) -> bytes:
+def _check_limit(folder: Folder, name: str, most: int) -> int:
+    """A file's size, which is at most `most` bytes."""
+    size = folder.size(name)
+    if size > most:
+        raise ArtifactError(f"{folder.path / name}: has {size} bytes; expected up to {most}")
+    return size
+
+
+def _checked_text(folder: Folder, name: str, file: File) -> bytes:
     """A JSON file's or graph's bytes, once their SHA-256 is the manifest's."""
-    data = _read(path, file.size)
-    _compare_hash(path, file, hashlib.sha256(data).hexdigest())
+    data = folder.read(name)
+    _compare_hash(folder.path / name, file, hashlib.sha256(data).hexdigest())
     return data
 
 
-def _check_hash(path: Path, file: File) -> None:
-    _compare_hash(path, file, file_hash(path))
+def _check_hash(folder: Folder, name: str, file: File, budget: Budget) -> None:
+    _compare_hash(folder.path / name, file, folder.sha256(name, budget.check))
 
 
 def _compare_hash(path: Path, file: File, digest: str) -> None:
@@ -198,27 +243,6 @@ def _compare_hash(path: Path, file: File, digest: str) -> None:
         raise ArtifactError(
             f"{path}: SHA-256 is {digest[:12]}…; the manifest says {shown(file.sha256[:12])}…; export or copy it again"
         )
-
-
-def _size(path: Path, most: int | None) -> int:
-    """The size of a regular file; a link, a pipe or a device is none, wherever it leads."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing, though the manifest lists it; export again") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(
-            f"{path}: is a link or a special file, so it may lie outside the artifact; copy the file itself"
-        )
-    if most is not None and status.st_size > most:
-        raise ArtifactError(f"{path}: has {status.st_size} bytes; expected up to {most}")
-    return status.st_size
-
-
-def _read(path: Path, size: int) -> bytes:
-    """`size` bytes of the file: no more, even if it has grown."""
-    with path.open("rb") as stream:
-        return stream.read(size)
 
 
 def file_hash(path: Path) -> str:

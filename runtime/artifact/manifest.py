@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from runtime.artifact.folder import Folder
+from runtime.artifact.onnx_reader import read_onnx, relocated
 from runtime.errors import ArtifactError
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 EVICTED = "dropped_lengths"  # the input that a graph with a window has besides: tokens whose rows were evicted
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the argmax of each row of logits
@@ -175,8 +177,9 @@ class Manifest:
 class Artifact:
     """A checked artifact: every listed file has the size and the hash that the manifest gives.
 
-    `manifest`: the bytes of manifest.json. `texts`: the bytes of the other JSON files, as they were when they were
-    checked. `sections`: what targets and backends have in the manifest, by name.
+    `manifest`: the bytes of manifest.json. `texts`: those of the texts beside it, `graphs`: those of the graphs, as
+    they were when they were checked. `sections`: what targets and backends have in the manifest, by name. `folder`: the
+    opened directory, from which all else is read.
     """
 
     path: Path
@@ -188,6 +191,22 @@ class Artifact:
     files: dict[str, File]
     texts: dict[str, bytes]
     verified: bool
+    folder: Folder = field(repr=False)
+    graphs: dict[str, bytes] = field(repr=False)
+
+    def model(self, name: str) -> bytes:
+        """A graph for ONNX Runtime, which finds its weights, below the folder "/", in the files that were opened.
+
+        `name`: of a listed graph or, of one that was put beside it later, its file.
+        """
+        if name not in self.files:
+            self.folder.forget([name])
+        data = self.graphs[name] if name in self.files else self.folder.read(name)
+        return relocated(data, lambda location: self.folder.link(location).lstrip("/"))
+
+    def weights(self, name: str) -> set[str]:
+        """The files that the weights of a listed graph lie in."""
+        return {tensor.location for tensor in read_onnx(self.graphs[name]).externals}
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A listed JSON file's object; empty where the artifact has no such file."""

@@ -3,13 +3,14 @@
 from os import PathLike
 from pathlib import Path
 
-from runtime.errors import SignatureError
+from runtime.artifact.folder import Folder
+from runtime.errors import ArtifactError, SignatureError
 
-SIGNATURE = "manifest.sig"  # 64 bytes
+SIGNATURE, SIGNATURE_BYTES = "manifest.sig", 64
 
 
-def check_signature(directory: Path, manifest: bytes, public_key: str | PathLike[str] | bytes) -> None:
-    """Raise `SignatureError` unless `directory`'s signature of `manifest` is by the holder of `public_key`.
+def check_signature(folder: Folder, manifest: bytes, public_key: str | PathLike[str] | bytes) -> None:
+    """Raise `SignatureError` unless the folder's signature of `manifest` is by the holder of `public_key`.
 
     `public_key`: a PEM file's path, or its bytes.
     """
@@ -26,11 +27,15 @@ def check_signature(directory: Path, manifest: bytes, public_key: str | PathLike
         raise SignatureError(f"{name}: is no public key in PEM form: {error}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{name}: is a {type(key).__name__}; expected an Ed25519 public key")
-    path = directory / SIGNATURE
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != 64:
-        raise SignatureError(f"{path}: missing or not 64 bytes; expected a signature by wm-export sign")
+    path = folder.path / SIGNATURE
     try:
-        key.verify(path.read_bytes(), manifest)
+        whole = folder.size(SIGNATURE) == SIGNATURE_BYTES
+    except ArtifactError:
+        whole = False
+    if not whole:
+        raise SignatureError(f"{path}: missing or not {SIGNATURE_BYTES} bytes; expected a signature by wm-export sign")
+    try:
+        key.verify(folder.read(SIGNATURE), manifest)
     except InvalidSignature:
         raise SignatureError(
             f"{path}: is not the signature of this manifest by {name}; get the artifact again, or its maker's key"

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime.artifact.manifest import Artifact, Graph
+from runtime.host.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,12 @@ class Options:
     """How to open a session.
 
     `threads`: threads of the CPU, None for the physical cores. `device`: the index of the card, 0 for the first.
+    `budget`: what opening may take, None for what the machine has free.
     """
 
     threads: int | None = None
     device: int = 0
+    budget: Budget | None = None
 
 
 class Session(Protocol):

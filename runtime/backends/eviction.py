@@ -8,6 +8,7 @@ masking it.
 B batch (slots), S new tokens, C cache capacity in rows, K key/value heads, d head size, w keys kept.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeAlias
@@ -15,6 +16,8 @@ from typing import TypeAlias
 import numpy as np
 
 from runtime.artifact.manifest import Graph, State
+
+LOG = logging.getLogger(__name__)
 
 Edit: TypeAlias = Callable[[int, State], AbstractContextManager[np.ndarray]]
 
@@ -46,6 +49,7 @@ class Eviction:
                     with edit(first + int(slot), state) as cache:
                         _keep(cache, kept)
             evicted[slot] += rows - self.window.keep
+            LOG.debug("slot %d: %d of %d cache rows evicted", first + slot, rows - self.window.keep, rows)
         return [cache_lengths - evicted, evicted]
 
 

@@ -27,6 +27,13 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
+def open_session(model: str | bytes, options: Any, providers: list[Any]) -> Any:
+    """A session on a graph's path, or bytes with the weights' places below "/", on these providers and no others."""
+    if isinstance(model, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
+    return import_onnxruntime().InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
 def first_line(error: Exception) -> str:
     """ONNX Runtime's own message. The rest of it says where in its sources the error arose."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from math import gcd, lcm, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from runtime.artifact.manifest import ELEMENTS, Artifact, State
 from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, rows_index, state_bytes, widened
 from runtime.backends.base import Options
 from runtime.backends.eviction import Eviction
-from runtime.backends.ort import MISSING, first_line, import_onnxruntime, session_options
+from runtime.backends.ort import MISSING, first_line, open_session, session_options
 from runtime.errors import ArtifactError
+from runtime.host.budget import Budget
 from runtime.host.denormals import flushed_denormals
 from runtime.host.memory import check_memory, use_huge_pages
 
@@ -34,7 +34,7 @@ class CpuBackend:
         return None if find_spec("onnxruntime") else MISSING
 
     def open(self, artifact: Artifact, options: Options) -> "OnnxSession":
-        return OnnxSession(artifact, options.threads)
+        return OnnxSession(artifact, options.threads, options.budget)
 
 
 class OnnxSession:
@@ -49,11 +49,13 @@ class OnnxSession:
 
     device_name = "CPU"
 
-    def __init__(self, artifact: Artifact, threads: int | None = None):
+    def __init__(self, artifact: Artifact, threads: int | None = None, budget: Budget | None = None):
         self.artifact, self.graph = artifact, artifact.graph
         path = artifact.path / self.graph.cpu_file
         try:
-            self.session: Any = cpu_session(path, threads)
+            self.session: Any = cpu_session(artifact.model(self.graph.cpu_file), threads, budget)
+        except ArtifactError:
+            raise
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         self.chunk = self.graph.chunk
@@ -217,14 +219,16 @@ class OnnxSession:
         self.capacity, self._bindings = capacity, {}
 
 
-def cpu_session(model: Path | bytes, threads: int | None) -> Any:
+def cpu_session(model: bytes, threads: int | None, budget: Budget | None = None) -> Any:
     """ONNX Runtime's session on the CPU with `threads`, None for its own choice; its weights move into huge pages."""
     options = session_options(threads)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # in its threads; see `flushed_denormals`
-    with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
-        session = import_onnxruntime().InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
+
+    def create() -> Any:
+        with flushed_denormals():  # also restores what ONNX Runtime sets here, in the first session of a process
+            return open_session(model, options, ["CPUExecutionProvider"])
+
+    session = (budget or Budget()).run(create, cancel=lambda: options.set_load_cancellation_flag(True))
     use_huge_pages()
     return session
 

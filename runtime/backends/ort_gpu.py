@@ -15,7 +15,7 @@ from runtime.backends.arrays import STORAGE
 from runtime.backends.base import Options
 from runtime.backends.cuda import Device, start_driver
 from runtime.backends.gpu_session import GpuSession
-from runtime.backends.ort import MISSING, first_line, import_onnxruntime, session_options
+from runtime.backends.ort import MISSING, first_line, import_onnxruntime, open_session, session_options
 from runtime.errors import ArtifactError, RequestError
 
 NAMES = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -116,9 +116,10 @@ class OnnxGpuSession(GpuSession):
             options.add_free_dimension_override_by_name("capacity", graph.rows(graph.max_length))
         path = artifact.path / graph.file
         try:
-            self.session: Any = import_onnxruntime().InferenceSession(
-                path, options, providers=provider_options(provider, self.graph, device.index), enable_fallback=0
-            )
+            # TensorRT's parser looks for weights beside the graph's own file
+            model = str(path) if fixed else artifact.model(graph.file)
+            self.session: Any = open_session(model, options, provider_options(provider, self.graph, device.index))
+            artifact.folder.check_names([graph.file, *artifact.weights(graph.file)] if fixed else [])
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first_line(error)}") from error
         if NAMES[provider] not in self.session.get_providers():

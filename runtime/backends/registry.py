@@ -1,5 +1,7 @@
 """The backends by name, in the order in which "auto" tries them, and the choice among them."""
 
+import logging
+
 from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Backend
 from runtime.backends.ort_cpu import CpuBackend
@@ -8,6 +10,7 @@ from runtime.backends.tensorrt import TensorRTBackend
 from runtime.errors import RequestError
 
 AUTO = "auto"
+LOG = logging.getLogger(__name__)
 
 # To add a backend: a file with its class, and an instance of that class in this list.
 BACKENDS: dict[str, Backend] = {
@@ -45,6 +48,7 @@ def choose_backend(artifact: Artifact, name: str = AUTO, device: int | None = No
         if reason is None:
             return backend
         reasons[key] = reason
+        LOG.info("backend %s is passed over: %s", key, reason)
     if name != AUTO:
         raise RequestError(f"backend {name}: {reasons[name]}; backend auto takes one that can run here")
     raise RequestError("no backend can run here: " + "; ".join(f"{key}: {reason}" for key, reason in reasons.items()))

@@ -95,7 +95,7 @@ class TensorRTSession(GpuSession):
         self.words: list[str] = []
         self.logger = _logger(self.trt, self.words)
         self.runtime = self.trt.Runtime(self.logger)
-        self.engine: Any = self.runtime.deserialize_cuda_engine(path.read_bytes())
+        self.engine: Any = self.runtime.deserialize_cuda_engine(artifact.folder.read(engine.file))
         if self.engine is None:
             raise ArtifactError(f"{path}: {engine.builder} does not load it: {self._said()}")
         for state in self.graph.states:

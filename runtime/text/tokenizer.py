@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import TOKENIZER, Artifact
 from runtime.errors import ArtifactError, RequestError
 from runtime.text.limits import check_growth, check_length, guarded
 
-TOKENIZER = "tokenizer.json"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.artifact.folder import Folder
 from runtime.artifact.manifest import Artifact, Graph
 from runtime.errors import ArtifactError, RequestError
 from runtime.text.chat import ChatTemplate, load_chat_template
@@ -107,7 +108,7 @@ def test_what_are_no_messages_is_refused(messages, sandbox):
 
 def artifact(files: dict[str, object]) -> Artifact:
     texts = {name: text if isinstance(text, bytes) else json.dumps(text).encode() for name, text in files.items()}
-    return Artifact(Path("somewhere"), b"", "doge", 0, Graph.__new__(Graph), (), {}, texts, True)
+    return Artifact(Path("somewhere"), b"", "doge", 0, Graph.__new__(Graph), {}, {}, texts, True, Folder(Path()), {})
 
 
 def test_the_template_is_found_where_checkpoints_keep_it(sandbox):
