@@ -24,6 +24,7 @@ from wm_models.layers.attention import (
 )
 from wm_models.layers.context import Advance, LayerCache, State
 from wm_models.layers.rotary import RotaryEmbedding, rotate
+from wm_models.layers.selection import attend_blocks, block_size
 
 # transformers' models take the cache under its earlier name for as long; so do these.
 earlier_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -70,9 +71,10 @@ def visible_keys(
 class CacheContext:
     """Training, prefill and `generate`: transformers' cache or none, and its masks.
 
-    The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty and the
-    sequence fits the keep window there is no S×L mask: padding is written into the biases of the padded keys, and
-    documents packed into one row are kept apart by channels of their index.
+    The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty there is
+    no S×L mask. A sequence that fits the keep window has padding written into the biases of the padded keys, and
+    documents packed into one row are kept apart by channels of their index. A longer one is taken in blocks. Only a
+    sliding window, a dropped share of keys and a cache in use need the mask.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class CacheContext:
         self.shape = batch, length = inputs_embeds.shape[:2]
         self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
         fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
+        self.in_blocks = False
         self.padding: torch.Tensor | None = None
         self.documents: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
@@ -98,6 +101,9 @@ class CacheContext:
         elif self.empty and fits:
             self.padding = None if attention_mask is None else attention_mask[:, None].bool()
             self.documents = documents
+        elif self.empty and config.sliding_window is None and not self.ratio:
+            self.in_blocks = True
+            self.documents = documents if attention_mask is None else attention_mask.long() - 1
         else:
             self.visible = visible_keys(config, inputs_embeds, attention_mask, cache, position_ids)
         self.kinds = getattr(config, "layer_types", ())
@@ -141,6 +147,8 @@ class CacheContext:
             remembered = self.cache.update(packed_key, packed_value, layer)
             if not self.empty or self.visible is not None:
                 packed_key, packed_value = remembered
+        if self.in_blocks:
+            return attend_blocks(query, key, value, bias, scale, self.keep, block_size(self.keep), self.documents)
         mask = self.visible
         if mask is not None:
             biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]

@@ -40,14 +40,20 @@ def topk_choice(bias, visible, keep):
     return torch.where(chosen, bias, torch.finfo(bias.dtype).min)
 
 
+def causal_mask(ids):
+    """A mask of all keys, (B, 1, S, S): with one the model selects keys by `keep_largest`, which tests can replace."""
+    return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril().expand(ids.shape[0], 1, -1, -1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits(name, tmp_path, monkeypatch):
+    model, reference = load(name, tmp_path)
+    mask, given = reference.inputs.get("attention_mask"), reference.inputs.get("attention_mask")
     if "keep-window" in name:
         monkeypatch.setattr(context, "keep_largest", topk_choice)
-    model, reference = load(name, tmp_path)
-    mask = reference.inputs.get("attention_mask")
-    found = model(reference.inputs["input_ids"], attention_mask=mask).logits
+        given = causal_mask(reference.inputs["input_ids"])
+    found = model(reference.inputs["input_ids"], attention_mask=given).logits
     real = torch.ones(found.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     assert_close(found[real], reference.outputs["logits"][real])
 
@@ -67,7 +73,8 @@ def test_keep_window_differs_among_equals_only(tmp_path, monkeypatch):
         return theirs
 
     monkeypatch.setattr(context, "keep_largest", compared)
-    assert_close(model(reference.inputs["input_ids"]).logits, reference.outputs["logits"])
+    ids = reference.inputs["input_ids"]
+    assert_close(model(ids, attention_mask=causal_mask(ids)).logits, reference.outputs["logits"])
     assert other > 0
 
 
