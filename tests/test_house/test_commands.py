@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import wm_commands
+from runtime import commands
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -25,10 +25,10 @@ def distributions(extra: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("extra", wm_commands.EXTRAS)
+@pytest.mark.parametrize("extra", commands.EXTRAS)
 def test_the_modules_looked_for_are_those_of_the_extra(extra):
     provided = packages_distributions()
-    brought = {name.replace("_", "-").lower() for module in wm_commands.EXTRAS[extra] for name in provided[module]}
+    brought = {name.replace("_", "-").lower() for module in commands.EXTRAS[extra] for name in provided[module]}
     assert brought == distributions(extra) or brought == distributions("gpu") - {"cuda-python"}
 
 
@@ -41,9 +41,9 @@ def test_the_modules_looked_for_are_those_of_the_extra(extra):
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(command, absent, extra, monkeypatch, capsys):
-    monkeypatch.setattr(wm_commands, "find_spec", lambda name: None if name == absent else sys.__spec__)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == absent else sys.__spec__)
     with pytest.raises(SystemExit) as left:
-        getattr(wm_commands, command)()
+        getattr(commands, command)()
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -54,6 +54,6 @@ def test_each_command_starts_its_own(monkeypatch, capsys):
     for command in PROJECT["scripts"]:
         monkeypatch.setattr(sys, "argv", [command, "--help"])
         with pytest.raises(SystemExit) as left:
-            getattr(wm_commands, PROJECT["scripts"][command].split(":")[1])()
+            getattr(commands, PROJECT["scripts"][command].split(":")[1])()
         assert left.value.code == 0
         assert f"Usage: {command} " in capsys.readouterr().out

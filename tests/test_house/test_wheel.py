@@ -39,7 +39,7 @@ def built(tmp_path_factory):
 def test_the_sdist_has_the_tests(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
-    for name in ("tests/conftest.py", "tests/test_house/test_wheel.py", "tests/data/README.md", "wm_commands.py"):
+    for name in ("tests/conftest.py", "tests/test_house/test_wheel.py", "tests/data/README.md", "runtime/commands.py"):
         assert name in names
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/*.py")} <= names
 

@@ -4,6 +4,7 @@ wm-run starts without any: the backends, chat templates and the server name thei
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 # The modules that each extra of pyproject.toml brings, by their import names. cpu stands for gpu too.
@@ -17,23 +18,22 @@ EXTRAS = {
 
 
 def wm_run() -> None:
-    from runtime.cli import main
-
-    main()
+    _start("runtime.cli")
 
 
 def wm_export() -> None:
     _require("wm-export", "export", "cpu")
-    from export.cli import main
-
-    main()
+    _start("export.cli")
 
 
 def wm_train() -> None:
     _require("wm-train", "train")
-    from wm_models.training.cli import main
+    _start("wm_models.training.cli")
 
-    main()
+
+def _start(module: str) -> None:
+    """Run a command line by its module's name: the runtime's own code imports no other package."""
+    import_module(module).main()
 
 
 def _require(command: str, *extras: str) -> None:
