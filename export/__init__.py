@@ -1,13 +1,24 @@
-"""Lower a model to an artifact that `runtime` loads, and check it against the eager model."""
+"""Lower a model to an artifact that `runtime` loads, and compare it with the eager model."""
 
 from importlib.metadata import version
 
+from export.api import build_tensorrt, export_onnx, sign, verify
 from export.errors import ExportError, VerificationError
-from export.package.signing import sign
-from export.targets.onnx_graph import export_onnx
-from export.targets.tensorrt import build_tensorrt
-from export.verification.compare import Comparison, verify
+from export.progress import Progress
+from export.targets.onnx_artifact import OnnxOptions
+from export.targets.tensorrt import TensorRTOptions
+from export.verification.comparison import Comparison
 
 __version__ = version("wm-models")
-
-__all__ = ["Comparison", "ExportError", "VerificationError", "build_tensorrt", "export_onnx", "sign", "verify"]
+__all__ = [
+    "Comparison",
+    "ExportError",
+    "OnnxOptions",
+    "Progress",
+    "TensorRTOptions",
+    "VerificationError",
+    "build_tensorrt",
+    "export_onnx",
+    "sign",
+    "verify",
+]

@@ -74,3 +74,8 @@ def copy_texts(model: DecoderWithHead, source: str, out: Path) -> None:
 
 def _resolve(source: str) -> str:
     return str(shipped_checkpoint()) if source == TRAINED and not os.path.isdir(source) else source
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset."""
+    return source == TRAINED or source in PRESETS or os.path.isdir(source)

@@ -1,4 +1,4 @@
-"""Vouch for an artifact: sign its manifest, which holds every other file's hash."""
+"""Sign an artifact's manifest, which holds every other file's hash."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from export.errors import ExportError
-from export.package.directory import write_file
+from export.package.directory import revising, write_file
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.signature import SIGNATURE
 
@@ -25,6 +25,6 @@ def sign(directory: str | Path, key: str | Path) -> Path:
         raise ExportError(f"{key}: is no unencrypted private key in PEM form: {error}") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise ExportError(f"{key}: is a {type(private).__name__}; expected an Ed25519 private key")
-    path = directory / SIGNATURE
-    write_file(path, private.sign(artifact.manifest))
-    return path
+    with revising(artifact) as new:
+        write_file(new / SIGNATURE, private.sign(artifact.manifest))
+    return directory / SIGNATURE

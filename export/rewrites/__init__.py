@@ -1,1 +1,1 @@
-"""Compiler passes: each file rewrites an ONNX graph into one that computes the same."""
+"""Compiler passes over the lowered graph, one a file. Each changes an `onnx_ir` graph in place."""

@@ -1,99 +1,129 @@
-"""graph → engine: the step graph made fit for TensorRT, built by its own builder, and its layers counted.
+"""The target `tensorrt`: an ONNX artifact, and beside its graph an engine that TensorRT's own builder made of it.
 
 An engine has one capacity, and a profile each for decode (S = 1) and for prefill (longer chunks). In its network every
 TensorScatter is one KV-cache-update layer, in place; every Attention one attention layer, fused where the builder has a
-kernel for it; every RotaryEmbedding a layer of its own. Whatever breaks that, or the builder refuses, fails the export.
+kernel for it; every RotaryEmbedding a layer of its own. Where that does not hold, or the builder refuses, the export
+fails.
 
-B batch, S new tokens, C cache capacity, V vocabulary.
+B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from export.errors import ExportError, VerificationError
-from export.package.directory import MODULE, check_free, replacing, write_manifest
-from export.targets.onnx_graph import DTYPES, export_onnx
-from export.verification.compare import Comparison, worst
+from export.package.graph_files import MODULE
+from export.package.manifest import write_manifest
+from export.progress import SILENT, Progress
+from export.rewrites.fixed_capacity import fix_capacity
+from export.rewrites.next_ids import add_next_ids
+from export.rewrites.rotary_positions import separate_rotary_positions
+from export.targets.base import Draft, Table, Target, write_verified
+from export.targets.onnx_artifact import DTYPES, ONNX, OnnxOptions
+from export.targets.tensorrt_builder import check_layers, run_builder
+from export.verification.comparison import worst
 from runtime.artifact.integrity import read_artifact
-from runtime.artifact.manifest import MANIFEST, NEXT_IDS, Artifact
+from runtime.artifact.manifest import MANIFEST, Artifact, Graph, Manifest, parse_manifest
 from runtime.backends.cuda import Device, gpu_count
 from runtime.backends.tensorrt_editions import MODULES, how_to_install, import_builder, installed
+from runtime.backends.tensorrt_entry import ENGINES
+from runtime.console import option
 
 BUILDERS = ("auto", *MODULES)
-CHUNK = 512
+LAYERS = ("TensorScatter", "Attention", "RotaryEmbedding")  # the operators that must become a layer each
 # What an engine of tensorrt-rtx runs on where no target is named (its documentation); later GPUs too.
 RTX_DEFAULTS = ("8.0", "8.6", "8.9", "12.0")
 
 
-def build_tensorrt(
-    source: str | Path,
-    out: str | Path,
-    *,
-    builder: str = "auto",
-    dtype: str | None = None,
-    max_batch: int | None = None,
-    max_length: int | None = None,
-    chunk: int = CHUNK,
-    compute_capability: Sequence[str] = (),
-    seed: int = 0,
-    force: bool = False,
-    stage: Callable[[str], None] = lambda name: None,
-    report: Callable[[Comparison], None] = lambda verdict: None,
-) -> dict[str, Any]:
-    """Write the artifact directory `out`: the ONNX artifact of `source`, and an engine for it beside the graph.
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """What a TensorRT engine is to be. `max_batch` and `max_length` are at most an artifact's own, where it is of one.
 
-    `source` is an artifact, which is copied, or what `export_onnx` takes: a checkpoint directory or a preset's name.
-    `builder`: "tensorrt", which needs a GPU, "tensorrt-rtx", which does not, or "auto", the first that can work here.
-    `dtype`: fp32 (the default), fp16 or bf16; of an artifact, its own. `max_batch` slots (default 8) of `max_length`
-    tokens (default: all that the model allows) are the engine's bounds, at most an artifact's own. `chunk`: the most
-    tokens a slot takes in one step. `compute_capability`: the GPUs to build for, as "8.9"; the default is the builder's
-    own: the GPU at hand, or every one that tensorrt-rtx supports from 8.0 on.
-
-    Returns the engine's entry in the manifest. Raises `ExportError`, which has the builder's words where it refuses,
-    `VerificationError` where the ONNX graph is not the eager model's, and what `export_onnx` raises.
+    Raises `ExportError` for a value that no engine can have.
     """
-    source, out = os.fspath(source), Path(out)
-    builder = choose_builder(builder)
-    capabilities = [check_capability(builder, name) for name in compute_capability]
-    if chunk < 2:
-        raise ExportError(f"--chunk is {chunk}; expected at least 2")
-    check_free(out, force)
-    with replacing(out, force) as directory:
-        if (Path(source) / MANIFEST).is_file():
-            _copy_artifact(Path(source), directory, dtype, stage)
+
+    builder: str = option("auto", f"{', '.join(BUILDERS)}; tensorrt needs a GPU, tensorrt-rtx needs none.")
+    dtype: str | None = option(None, f"{', '.join(DTYPES)}. Default: fp32, or the artifact's.")
+    max_batch: int | None = option(None, "Most slots a step serves. Default: 8, or as exported.")
+    max_length: int | None = option(None, "Tokens a slot holds. Default: as many as it can.")
+    chunk: int = option(512, "Most tokens a slot takes in one step.")
+    compute_capability: str = option(
+        "", "GPUs to build for, as 8.6,8.9. Default: all from 8.0 on, or the GPU of this machine."
+    )
+
+    def __post_init__(self) -> None:
+        if self.builder not in BUILDERS:
+            raise ExportError(f"--builder is {self.builder!r}; expected one of {', '.join(BUILDERS)}")
+        if self.chunk < 2:
+            raise ExportError(f"--chunk is {self.chunk}; expected at least 2")
+
+
+class TensorRTTarget(Target[TensorRTOptions]):
+    """The engine's layers are checked, and the graph that it was built of is compared in ONNX Runtime.
+
+    The engine itself is not compared with the eager model, since that needs a GPU.
+    """
+
+    name = "tensorrt"
+    help = "Build a TensorRT engine into an artifact, and check its layers."
+    options = TensorRTOptions
+    source_help = f"{Target.source_help[:-1]}; or an artifact, which is copied."
+
+    def write(self, draft: Draft, options: TensorRTOptions) -> None:
+        """Copy the source where it is an artifact, else export and compare it; then add an engine and its log.
+
+        Raises `VerificationError` where the ONNX graph is not the eager model's.
+        """
+        builder = choose_builder(options.builder)
+        names = [name for name in options.compute_capability.split(",") if name]
+        capabilities = [check_capability(builder, name) for name in names]
+        source = Path(draft.source)
+        if (source / MANIFEST).is_file():
+            _copy_artifact(source, draft, options.dtype)
         else:
-            inner = directory / "onnx"  # not the directory itself, which this process holds locked
-            verdicts = export_onnx(
-                source, inner, dtype=dtype or "fp32", max_length=max_length, max_batch=max_batch or 8, seed=seed,
-                stage=stage, report=report,
-            )  # fmt: skip
-            if not all(verdict.passed for verdict in verdicts):
-                raise VerificationError(f"{source}: {worst(verdicts)}; no engine is built of such a graph")
-            for path in inner.iterdir():
-                path.rename(directory / path.name)
-            inner.rmdir()
-        artifact = read_artifact(directory, allow_unverified=True)
-        entry = add_engine(artifact, builder, max_batch, max_length, chunk, capabilities, stage)
-        manifest = json.loads((directory / MANIFEST).read_text())
-        others = [engine for engine in manifest.get("engines", []) if engine["file"] != entry["file"]]
-        kept = {key: value for key, value in manifest.items() if key not in ("files", "verified")}
-        write_manifest(directory, {**kept, "engines": [*others, entry]}, manifest["verified"])
-    return entry
+            onnx = OnnxOptions(options.dtype or "fp32", max_length=options.max_length, max_batch=options.max_batch or 8)
+            comparisons = write_verified(ONNX, draft, onnx)
+            if not all(comparison.passed for comparison in comparisons):
+                raise VerificationError(f"{draft.source}: {worst(comparisons)}; no engine is built of such a graph")
+        artifact = read_artifact(draft.directory, allow_unverified=True)
+        entry = add_engine(artifact, builder, capabilities, options, draft.progress)
+        others = draft.manifest.sections.get(ENGINES, [])
+        draft.add_section(ENGINES, [*(each for each in others if each["file"] != entry["file"]), entry])
+
+    def tables(self, manifest: Manifest) -> list[Table]:
+        """Of each engine its profiles, with the attention layers that are fused in them, and its layers by kind."""
+        return [table for engine in manifest.sections.get(ENGINES, []) for table in _tables(engine)]
+
+    def summary(self, directory: Path, manifest: Manifest) -> list[str]:
+        """A line for each profile of the engine that was built, and one on the engine."""
+        engine = manifest.sections[ENGINES][-1]
+        layers, build = engine["layers"], engine["build"]
+        lines = []
+        for index, profile in enumerate(engine["profiles"]):
+            lines.append(
+                f"{profile['name']}: batch 1 to {profile['batch'][2]}, {profile['sequence'][0]} to "
+                f"{profile['sequence'][2]} tokens, attention fused in {_fused(layers, index)} of "
+                f"{len(layers['attention'])} layers"
+            )
+        return [
+            *lines,
+            f"built: {directory / engine['file']}: {engine['builder']} {engine['version']} for compute capability "
+            f"{', '.join(engine['compute_capabilities'])}; {build['bytes'] / 1e6:.0f} MB in {build['seconds']:.1f} s "
+            f"and {build['peak_bytes'] / 1e9:.1f} GB; {len(layers['cache_updates'])} caches updated in place, "
+            f"{len(layers['rotary'])} rotary layers",
+        ]
+
+
+TENSORRT = TensorRTTarget()
 
 
 def choose_builder(builder: str) -> str:
     """The edition of TensorRT to build with; the one place where it is decided. Raises `ExportError`."""
-    if builder not in BUILDERS:
-        raise ExportError(f"--builder is {builder!r}; expected one of {', '.join(BUILDERS)}")
     if builder == "auto":
         builder = "tensorrt" if installed("tensorrt") and gpu_count() else "tensorrt-rtx"
     if not installed(builder):
@@ -122,45 +152,45 @@ def check_capability(builder: str, name: str) -> str:
     return known[name]
 
 
+def _targets(builder: str, capabilities: Sequence[str]) -> list[str]:
+    if builder == "tensorrt":
+        return [Device().capability]
+    return [f"{member[2:-1]}.{member[-1]}" for member in capabilities] or list(RTX_DEFAULTS)
+
+
+def prepare_for_tensorrt(model: ir.Model, graph: Graph, capacity: int) -> None:
+    """Rewrite the portable graph, in place, for an engine of one capacity. Its rows are the graph's for it."""
+    rows = graph.rows(capacity)
+    fix_capacity(model.graph, rows, [state.input for state in graph.states if "capacity" in state.shape])
+    separate_rotary_positions(model.graph, rows)
+    add_next_ids(model.graph)
+
+
 def add_engine(
-    artifact: Artifact, builder: str, max_batch: int | None, max_length: int | None, chunk: int,
-    capabilities: Sequence[str], stage: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+    artifact: Artifact, builder: str, capabilities: Sequence[str], options: TensorRTOptions, progress: Progress = SILENT
+) -> dict[str, Any]:
     """Build an engine into an artifact's directory, with its log; returns its entry, which no manifest has yet."""
     graph = artifact.graph
-    batch, capacity = max_batch or graph.max_batch, max_length or graph.max_length
-    for option, value, most in (("--max-batch", batch, graph.max_batch), ("--max-length", capacity, graph.max_length)):
-        if not 1 <= value <= most:
-            raise ExportError(f"{option} is {value}; {artifact.path} allows 1 to {most}")
-    if capacity < 2:
-        raise ExportError(f"--max-length is {capacity}; expected at least 2")
-    chunk, rows = min(chunk, capacity, graph.chunk), graph.rows(capacity)
-    stage("making the graph fit for TensorRT")
+    batch, capacity = _checked_bounds(artifact, options)
+    progress.stage("rewriting the graph for TensorRT")
     model = ir.load(artifact.path / graph.file)
     modules = {node.name or "": node.metadata_props.get(MODULE, "") for node in model.graph}
-    expected = {kind: _names(model, kind) for kind in ("TensorScatter", "Attention", "RotaryEmbedding")}
-    specialise(model, rows, {state.input for state in graph.states if "capacity" in state.shape})
-    specialised = artifact.path / ".specialised.onnx"  # beside the weights that it refers to
-    specialised.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    expected = {kind: [node.name or "" for node in model.graph if node.op_type == kind] for kind in LAYERS}
+    prepare_for_tensorrt(model, graph, capacity)
+    rewritten = artifact.path / ".rewritten.onnx"  # beside the weights that it refers to
+    rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     stem = f"model.{builder}"
-    # Where there are few heads the builder has no fused kernel for exactly one token, but one for one or two.
-    decode = [{"name": "decode", "batch": [1, 1, batch], "sequence": [1, 1, most]} for most in (1, 2)]
-    prefill = {"name": "prefill", "batch": [1, 1, batch], "sequence": [2, min(128, chunk), chunk]}
-    built = run_builder(
-        {
-            "module": MODULES[builder],
-            "model": str(specialised),
-            "engine": str(artifact.path / f"{stem}.engine"),
-            "log": str(artifact.path / f"{stem}.log"),
-            "profiles": [decode, [prefill]],
-            "capabilities": list(capabilities),
-        },
-        builder, modules, stage,
-    )  # fmt: skip
-    specialised.unlink()
-    caches = {state.output: state.input for state in graph.states}
-    check_layers(built, expected, caches, modules)
-    aliased = [cache["output"] for cache in built["caches"]]
+    order = {
+        "module": MODULES[builder],
+        "model": str(rewritten),
+        "engine": str(artifact.path / f"{stem}.engine"),
+        "log": str(artifact.path / f"{stem}.log"),
+        "profiles": _profiles(batch, min(options.chunk, capacity, graph.chunk)),
+        "capabilities": list(capabilities),
+    }
+    built = run_builder(order, builder, modules, progress)
+    rewritten.unlink()
+    check_layers(built, expected, {state.output: state.input for state in graph.states}, modules)
     return {
         "file": f"{stem}.engine",
         "log": f"{stem}.log",
@@ -170,7 +200,7 @@ def add_engine(
         "capacity": capacity,
         "max_batch": batch,
         "profiles": built["profiles"],
-        "aliased": aliased,
+        "aliased": [cache["output"] for cache in built["caches"]],
         "layers": {
             "counts": built["counts"],
             "cache_updates": [{"module": modules[c["name"]], **c} for c in built["caches"]],
@@ -181,167 +211,61 @@ def add_engine(
     }
 
 
-def _targets(builder: str, capabilities: Sequence[str]) -> list[str]:
-    if builder == "tensorrt":
-        return [Device().capability]
-    return [f"{member[2:-1]}.{member[-1]}" for member in capabilities] or list(RTX_DEFAULTS)
+def _checked_bounds(artifact: Artifact, options: TensorRTOptions) -> tuple[int, int]:
+    """The engine's slots and its capacity. Raises `ExportError` beyond the artifact's own."""
+    graph = artifact.graph
+    batch, capacity = options.max_batch or graph.max_batch, options.max_length or graph.max_length
+    for name, value, most in (("--max-batch", batch, graph.max_batch), ("--max-length", capacity, graph.max_length)):
+        if not 1 <= value <= most:
+            raise ExportError(f"{name} is {value}; {artifact.path} allows 1 to {most}")
+    if capacity < 2:
+        raise ExportError(f"--max-length is {capacity}; expected at least 2")
+    return batch, capacity
 
 
-def _names(model: ir.Model, operator: str) -> list[str]:
-    return [node.name or "" for node in model.graph if node.op_type == operator]
+def _profiles(batch: int, chunk: int) -> list[list[dict[str, Any]]]:
+    """The bounds of decode and of prefill, each as alternatives: the builder takes the one with most fused layers.
 
-
-def check_layers(
-    built: dict[str, Any], expected: dict[str, list[str]], caches: dict[str, str], modules: dict[str, str]
-) -> None:
-    """Raise `ExportError` unless every operator that matters became the layer that it should."""
-    updates = built["caches"]
-    found = {
-        "TensorScatter": [update["name"] for update in updates],
-        "Attention": [attention["name"] for attention in built["attention"]],
-        "RotaryEmbedding": built["rotary"],
-    }
-    for operator, names in expected.items():
-        lost = sorted(set(names) - set(found[operator]))
-        if lost or len(names) != len(found[operator]):
-            name = lost[0] if lost else names[0]
-            raise ExportError(
-                f"TensorRT made {len(found[operator])} layers of {len(names)} {operator} nodes; "
-                f"{name} of {modules[name]} has none of its own"
-            )
-    for update in updates:
-        if caches.get(update["output"]) != update["input"]:
-            raise ExportError(
-                f"TensorRT's cache update {update['name']} writes {update['input']} to {update['output']}; "
-                f"expected {caches.get(update['output'])}, so that it is in place"
-            )
-
-
-def specialise(model: ir.Model, capacity: int, caches: Iterable[str]) -> None:
-    """Rewrite the portable graph, in place, for an engine of one capacity.
-
-    TensorRT wants a cache's length fixed. Sampling wants the likeliest token on the device: the output `next_ids`.
+    Where there are few heads the builder has no fused kernel for exactly one token, but one for one or two.
     """
-    graph, caches = model.graph, set(caches)
-    for value in [*graph.inputs, *graph.outputs]:
-        if (value.name or "").removesuffix(".out") in caches:
-            assert value.shape is not None
-            value.shape = ir.Shape([dim if index != 2 else capacity for index, dim in enumerate(value.shape)])
-    outputs = {id(value) for value in graph.outputs}
-    for node in graph:
-        for value in node.outputs:
-            if id(value) not in outputs:
-                value.shape = None  # it may speak of the dynamic capacity; the parser infers it again
-    part_positions(graph, capacity)
-    add_next_ids(graph)
+    decode = [{"name": "decode", "batch": [1, 1, batch], "sequence": [1, 1, most]} for most in (1, 2)]
+    prefill = {"name": "prefill", "batch": [1, 1, batch], "sequence": [2, min(128, chunk), chunk]}
+    return [decode, [prefill]]
 
 
-def part_positions(graph: ir.Graph, capacity: int) -> None:
-    """Count the positions of rotary embeddings apart from those of the mask.
-
-    Where both come of one Range, TensorRT-RTX 1.7's compiler crashes on float16 attention. The copy counts by a slice
-    of a constant, which the compiler does not recognise as the same thing.
-    """
-    angles = [node for node in graph if node.op_type in ("Cos", "Sin")]
-    waiting, above = list(angles), set()
-    while waiting:
-        node = waiting.pop()
-        if node not in above:
-            above.add(node)
-            waiting += [maker for value in node.inputs if value is not None and (maker := value.producer())]
-    copies: dict[ir.Value, ir.Value] = {}
-    count = _constant(graph, "tensorrt.positions", np.arange(capacity))
-    zero = _constant(graph, "tensorrt.zero", np.array([0]))
-    for node in [node for node in graph if node in above]:
-        inputs = [copies.get(value, value) if value is not None else None for value in node.inputs]
-        new: list[ir.Node] = []
-        if node.op_type == "Range":
-            end = ir.node("Unsqueeze", [node.inputs[1], zero], name=f"{node.name}.end")
-            new = [end, ir.node("Slice", [count, zero, end.outputs[0]], name=f"{node.name}.rotary")]
-        elif node in angles:
-            for index, value in enumerate(inputs):
-                node.replace_input_with(index, value)
-        elif any(value in copies for value in node.inputs if value is not None):
-            new = [ir.node(node.op_type, inputs, node.attributes, name=f"{node.name}.rotary")]
-        if new:
-            for made in new:
-                made.outputs[0].name = made.name
-            graph.insert_before(node, new)
-            copies[node.outputs[0]] = new[-1].outputs[0]
-
-
-def add_next_ids(graph: ir.Graph) -> None:
-    """The output `next_ids`: the likeliest token of each row of the logits, or -1 where they are not all finite."""
-    logits = next(value for value in graph.outputs if value.name == "logits")
-    last, negative = _constant(graph, "tensorrt.last", np.array([2])), _constant(graph, "tensorrt.none", np.array(-1))
-    wide = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
-    total = ir.node("ReduceSum", [wide.outputs[0], last], {"keepdims": 0})
-    missing = ir.node("IsNaN", [total.outputs[0]])
-    endless = ir.node("IsInf", [total.outputs[0]])
-    broken = ir.node("Or", [missing.outputs[0], endless.outputs[0]])
-    best = ir.node("ArgMax", [wide.outputs[0]], {"axis": 2, "keepdims": 0})
-    assert logits.shape is not None
-    ids = ir.Value(name=NEXT_IDS, shape=ir.Shape(logits.shape[:2]), type=ir.TensorType(ir.DataType.INT64))
-    choice = ir.node("Where", [broken.outputs[0], negative, best.outputs[0]], outputs=[ids])
-    for node in (wide, total, missing, endless, broken, best, choice):
-        node.name = f"tensorrt.{node.op_type.lower()}"
-        if not node.outputs[0].name:
-            node.outputs[0].name = node.name
-        graph.append(node)
-    graph.outputs.append(ids)
-
-
-def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(value.astype(np.int64), name=name)
-    made = ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-    graph.register_initializer(made)
-    return made
-
-
-def run_builder(
-    order: dict[str, Any], builder: str, modules: dict[str, str], stage: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run the builder's program on `order`, passing its progress on. Raises `ExportError` where it refuses or dies."""
-    program = Path(__file__).with_name("tensorrt_program.py")
-    read, write = os.pipe()
-    # Not run as a file: that would put this folder before every package.
-    command = [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')", program]
-    with open(order["log"], "w") as log, open(read) as events:
-        try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write])
-        finally:
-            os.close(write)
-        last: dict[str, Any] = {}
-        try:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({**order, "events": write}).encode())
-            process.stdin.close()
-            for line in events:
-                last = json.loads(line)
-                if "progress" in last:
-                    stage(f"{builder}: {last['progress']}")
-        finally:
-            if "built" not in last and "refused" not in last:
-                process.kill()
-            process.wait()
-    if "built" in last:
-        return last["built"]
-    if "refused" in last:
-        named = [f"{name} of {modules[name]}" for name in last["nodes"] if name in modules]
-        where = f"node {', '.join(named[:3])}: " if named else ""
-        raise ExportError(f"{builder} refuses this model: {where}{last['refused']}")
-    tail = Path(order["log"]).read_text(errors="replace").strip().splitlines()[-1:]
-    raise ExportError(
-        f"{builder} died while building (exit code {process.returncode}); the last line of its log: "
-        f"{tail[0] if tail else 'none'}"
-    )
-
-
-def _copy_artifact(source: Path, directory: Path, dtype: str | None, stage: Callable[[str], None]) -> None:
-    """The artifact's listed files and its manifest, after they were checked."""
-    stage("reading the artifact")
+def _copy_artifact(source: Path, draft: Draft, dtype: str | None) -> None:
+    """Copy the artifact's listed files, after they were checked, and take its manifest over."""
+    draft.progress.stage("reading the artifact")
     artifact = read_artifact(source)
     if dtype is not None and str(DTYPES.get(dtype)).removeprefix("torch.") != artifact.graph.dtype:
         raise ExportError(f"--dtype is {dtype}, but {source} is {artifact.graph.dtype}; export the checkpoint again")
-    for name in (*artifact.files, MANIFEST):
-        shutil.copy2(source / name, directory / name)
+    draft.manifest = parse_manifest(artifact.manifest, source / MANIFEST)
+    for name in artifact.files:
+        shutil.copy2(source / name, draft.directory / name)
+    write_manifest(draft.directory, draft.manifest, verified=True)
+
+
+def _fused(layers: dict[str, Any], profile: int) -> int:
+    """How many attention layers are fused in the profile of this index."""
+    return sum(layer["fused"][profile] for layer in layers["attention"])
+
+
+def _tables(engine: dict[str, Any]) -> list[Table]:
+    layers = engine["layers"]
+    title = (
+        f"{engine['file']}: {engine['builder']} {engine['version']}, {engine['capacity']} tokens in each of "
+        f"{engine['max_batch']} slots, compute capability {', '.join(engine['compute_capabilities'])}"
+    )
+    rows = [
+        [
+            profile["name"],
+            " to ".join(str(size) for size in profile["sequence"][::2]),
+            f"{_fused(layers, index)} of {len(layers['attention'])}",
+        ]
+        for index, profile in enumerate(engine["profiles"])
+    ]
+    counts = [[kind, str(count)] for kind, count in layers["counts"].items()]
+    return [
+        Table(title, ["profile", "tokens a step", "attention fused"], rows),
+        Table(f"Layers of {engine['file']}", ["layer", "count"], counts),
+    ]

@@ -3,7 +3,8 @@
 It is run as a file and imports nothing of this project. It reads one JSON object, the order, from stdin, and writes
 JSON lines, the events, to the file descriptor that the order names:
 
-    {"progress": TEXT}                    while it builds
+    {"stage": TEXT, "total": N}           a stage begins; where a total is known, it counts up to that
+    {"done": N}                           so much more of it is done
     {"refused": TEXT, "nodes": [NAME]}    the last one, where the model cannot be built: the builder's words
     {"built": …}                          the last one: the profiles, the layers, seconds, bytes
 
@@ -50,20 +51,20 @@ def make_monitor(trt: Any, tell: Any) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
+            self.outermost: set[str] = set()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                self.steps[name] = steps
-                tell(progress=f"{name}: 0 of {steps}")
+                self.outermost.add(name)
+                tell(stage=name, total=steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            if name in self.steps:
-                tell(progress=f"{name}: {step + 1} of {self.steps[name]}")
+            if name in self.outermost:
+                tell(done=1)
             return True
 
         def phase_finish(self, name: str) -> None:
-            self.steps.pop(name, None)
+            self.outermost.discard(name)
 
     return Monitor()
 
@@ -91,7 +92,7 @@ class Build:
         for index, attention in enumerate(attentions):
             # Where it has a fused kernel in every profile the builder must use it; else it may take the layer apart.
             attention.decomposable = not all(row[index] for row in fused)
-        self.tell(progress="building")
+        self.tell(stage="building")
         engine = self._build(network, profiles)
         with open(self.order["engine"], "wb") as file:
             file.write(engine)
@@ -116,7 +117,7 @@ class Build:
         }
 
     def _parse(self) -> tuple[Any, Any]:
-        self.tell(progress="parsing")
+        self.tell(stage="parsing")
         # Networks are strongly typed: precision is the model's. Older releases want to be told.
         strong = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = self.builder.create_network(0 if strong is None else 1 << int(strong))

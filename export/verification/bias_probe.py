@@ -1,14 +1,16 @@
-"""The same graph with its bias in sight.
+"""Compare once more with random values of A, so that an error in the biases shows.
 
-Where A is 0, as training starts, every key's bias is exp(0) = 1, which attention ignores: a graph that loses, moves or
-repeats biases wrongly gives the right answers all the same. So A is drawn at random once, in the eager model and in a
-copy of the graph, and the two are compared again.
+Where A is 0, as at the start of training, every key's bias is exp(0) = 1, and adding the same number to all scores
+changes nothing: a graph that drops, moves or repeats biases wrongly gives the right answers all the same. So A is drawn
+at random once, in the eager model and in a copy of the graph, and the two are compared again.
 """
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +20,6 @@ from torch import nn
 from runtime.artifact.manifest import Artifact
 from wm_models.layers.attention import DMAttention
 
-PROBE = "probe.onnx"
 Values = dict[str, np.ndarray]
 
 
@@ -62,9 +63,11 @@ def with_biases(artifact: Artifact, drawn: Values) -> Iterator[Artifact]:
         assert tensor is not None
         repeated = np.repeat(drawn[name], tensor.size // len(drawn[name]))
         value.const_value = ir.tensor(repeated.astype(tensor.dtype.numpy()), name=value.name)
-    path = artifact.path / PROBE
+    descriptor, name = tempfile.mkstemp(prefix="probe.", suffix=".onnx", dir=artifact.path)  # beside the weights
+    path = Path(name)
     try:
-        ir.save(model, path)
-        yield replace(artifact, graph=replace(artifact.graph, file=PROBE, cpu_file=PROBE))
+        with open(descriptor, "wb") as stream:
+            stream.write(ir.serde.serialize_model(model).SerializeToString())
+        yield replace(artifact, graph=replace(artifact.graph, file=path.name, cpu_file=path.name))
     finally:
         path.unlink(missing_ok=True)

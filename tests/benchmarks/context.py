@@ -23,7 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import load
 from wm_models.presets import create
 
@@ -106,7 +106,7 @@ def main() -> None:
         model.config.max_position_embeddings = length
         keep = model.config.keep_window_size
         model.save_pretrained(checkpoint)
-        export_onnx(checkpoint, artifact, max_batch=1)
+        export_onnx(checkpoint, artifact, OnnxOptions(max_batch=1))
         del model
         positions = [2000, length // 4, length // 2 - 192, length - 384]
         mine = _apart(engine_steps, artifact, positions, threads)

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import manual_seed
 
-from export import export_onnx
-from export.verification.compare import worst
+from export import OnnxOptions, export_onnx
+from export.verification.comparison import worst
 from runtime import Engine, load
 from runtime.bench import PYTHON
 from wm_models import CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM, preset
@@ -40,7 +40,7 @@ def export(root: Path, name: str, config: DogeConfig) -> Path:
         manual_seed(0)
         model = (CheemsForCausalLM if isinstance(config, CheemsConfig) else DogeForCausalLM)(config)
         model.save_pretrained(root / f"{name}.checkpoint")
-        verdicts = export_onnx(root / f"{name}.checkpoint", root / name, max_batch=1)
+        verdicts = export_onnx(root / f"{name}.checkpoint", root / name, OnnxOptions(max_batch=1))
         print(name, "" if all(verdict.passed for verdict in verdicts) else worst(verdicts), file=sys.stderr)
     return root / name
 

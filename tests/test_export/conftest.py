@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, ours, randomise, rival
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from export.lower import cache_window, lower
-from export.package.directory import describe, label_count, parameter_count, save_graph, write_manifest
-from export.targets.onnx_graph import DTYPES, SPARE
+from export.package.graph_files import CPU_GRAPH, GRAPH, save_graph
+from export.package.manifest import capacities, describe, label_count, parameter_count, write_manifest
+from export.targets.onnx_artifact import DTYPES, SPARE
 from runtime.artifact.integrity import read_artifact
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import Artifact, Graph
 from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
 HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}
@@ -72,8 +73,11 @@ def lowered(
     bounds = {"max_batch": max_batch, "max_length": max_length, "window": window}
     graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
-    sizes = {"dtype": name, "logits": "last", "labels": labels, **bounds}
-    write_manifest(directory, describe(graph, config, parameters, **sizes), verified=True)
+    contract = Graph(
+        file=GRAPH, cpu_file=CPU_GRAPH if dtype == "bf16" else GRAPH, dtype=name, quantization="none", logits="last",
+        vocabulary=config["vocab_size"], capacities=tuple(capacities(max_length)), states=(), labels=labels, **bounds,
+    )  # fmt: skip
+    write_manifest(directory, describe(graph, config, parameters, contract), verified=True)
     return read_artifact(directory)
 
 
@@ -87,7 +91,8 @@ def exported(tmp_path_factory):
             changes, options = VARIANTS[name]
             root = tmp_path_factory.mktemp("variant")
             checkpoint = save_checkpoint(root / "checkpoint", **changes)
-            made[name] = checkpoint, root / "artifact", export_onnx(checkpoint, root / "artifact", **options)
+            verdicts = export_onnx(checkpoint, root / "artifact", OnnxOptions(**options))
+            made[name] = checkpoint, root / "artifact", verdicts
         return made[name]
 
     return export

@@ -104,6 +104,13 @@ def test_a_bare_command_shows_its_help():
     assert "\n  generate " in done.stderr
 
 
+def test_version_and_presets():
+    from importlib.metadata import version
+
+    assert version("wm-models") in command("export", "--version").stdout
+    assert command("export", "--list-presets").stdout.split()[:2] == ["doge-3m", "doge-20m"]
+
+
 def test_debug_shows_the_traceback():
     done = command("runtime", "generate", "/nowhere", "--prompt", "x", "--debug")
     assert "Traceback" in done.stderr

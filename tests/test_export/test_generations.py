@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import golden
 
-from export import ExportError, export_onnx
+from export import ExportError, OnnxOptions, export_onnx
 from runtime import load
 from wm_models import DogeForSequenceClassification
 
@@ -19,7 +19,9 @@ NAMES = ("doge-2025-01-cdmoe", "doge-2025-01-mask-ratio", "doge-2025-01-bias", "
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_and_verified(name, tmp_path):
     reference = golden(name)
-    verdicts = export_onnx(reference.save(tmp_path / "checkpoint"), tmp_path / "artifact", max_length=60, logits="all")
+    verdicts = export_onnx(
+        reference.save(tmp_path / "checkpoint"), tmp_path / "artifact", OnnxOptions(max_length=60, logits="all")
+    )
     assert len(verdicts) >= 5
     assert all(verdict.passed for verdict in verdicts)
     assert json.loads((tmp_path / "artifact" / "manifest.json").read_text())["model"]["type"] == "wm_doge"
@@ -36,7 +38,7 @@ def test_batch_routing_is_refused_with_what_changes_it(tmp_path):
         export_onnx(checkpoint, tmp_path / "artifact")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "expert_routing": "token"}))
-    assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", max_length=60))
+    assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(max_length=60)))
 
 
 def classifier(name, directory):
@@ -61,7 +63,7 @@ ROUTING = {"doge-2025-01-cdmoe": "product_keys", "doge-2025-04-cdmoe": "token", 
 @pytest.mark.parametrize("name", ["doge-2025-01-classification", *ROUTING])
 def test_a_classifier(name, tmp_path):
     checkpoint = classifier(name, tmp_path / "checkpoint")
-    verdicts = export_onnx(checkpoint, tmp_path / "artifact", max_length=60, max_batch=2)
+    verdicts = export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(max_length=60, max_batch=2))
     assert len(verdicts) >= 5
     assert all(verdict.passed for verdict in verdicts)
     model, engine = DogeForSequenceClassification.from_pretrained(checkpoint).eval(), load(tmp_path / "artifact")

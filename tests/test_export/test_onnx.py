@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from export import ExportError, export_onnx, verify
+from export import ExportError, OnnxOptions, export_onnx, verify
 from export import lower as graph
-from export.package import directory as artifact
-from export.verification.compare import Case, compare
+from export.package.manifest import capacities
+from export.verification.cases import Case
+from export.verification.comparison import compare
 from runtime import ArtifactError, load
 from runtime.artifact.manifest import INPUTS
 from test_export.conftest import VARIANTS, save_checkpoint
@@ -186,7 +187,7 @@ def test_a_wrong_graph_is_found(exported, tmp_path, monkeypatch, fault):
         FAULTS[fault][1](self)
 
     monkeypatch.setattr(graph.OnnxContext, "__init__", broken)
-    verdicts = export_onnx(checkpoint, tmp_path / "artifact", max_length=200)
+    verdicts = export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(max_length=200))
     assert not all(verdict.passed for verdict in verdicts)
     with pytest.raises(ArtifactError, match="verification"):
         load(tmp_path / "artifact")
@@ -197,7 +198,7 @@ def test_a_bias_left_out_is_found(exported, tmp_path, monkeypatch):
     attend = graph.OnnxContext.attend
     without = lambda s, layer, q, k, v, bias, scale: attend(s, layer, q, k, v, bias * 0, scale)  # noqa: E731
     monkeypatch.setattr(graph.OnnxContext, "attend", without)
-    verdicts = export_onnx(exported("dense")[0], tmp_path / "artifact", max_length=200)
+    verdicts = export_onnx(exported("dense")[0], tmp_path / "artifact", OnnxOptions(max_length=200))
     assert not all(verdict.passed for verdict in verdicts)
 
 
@@ -227,7 +228,7 @@ def test_verify_again_and_with_another_model(exported, tmp_path):
 )
 def test_option_errors(exported, tmp_path, options, words):
     with pytest.raises(ExportError, match=words):
-        export_onnx(exported("dense")[0], tmp_path / "artifact", **options)
+        export_onnx(exported("dense")[0], tmp_path / "artifact", OnnxOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
@@ -250,12 +251,12 @@ def test_an_occupied_directory_is_kept_until_the_new_one_is_whole(exported, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("export.targets.onnx_graph.save_graph", stop)
+        patch.setattr("export.targets.onnx_artifact.save_graph", stop)
         with pytest.raises(KeyboardInterrupt):
             export_onnx(checkpoint, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "precious").read_text() == "kept"
-    export_onnx(checkpoint, out, force=True, max_length=100, max_batch=1)
+    export_onnx(checkpoint, out, OnnxOptions(max_length=100, max_batch=1), force=True)
     assert not (out / "precious").exists()
     load(out)
 
@@ -265,16 +266,16 @@ def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")  # as the library that writes the weights does: no file's name
 
     checkpoint = exported("dense")[0]
-    monkeypatch.setattr("export.targets.onnx_graph.save_graph", full)
+    monkeypatch.setattr("export.targets.onnx_artifact.save_graph", full)
     with pytest.raises(OSError, match=f"No space left.*{tmp_path / 'out'}"):
         export_onnx(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_capacities():
-    sizes = artifact.capacities(2048)
+    sizes = capacities(2048)
     assert sizes == [*range(64, 1024, 64), *range(1024, 2048, 128), 2048]
-    assert artifact.capacities(1 << 20)[-3:] == [917504, 983040, 1048576]
-    assert artifact.capacities(100) == [64, 100]
-    assert artifact.capacities(64) == [64]
-    assert artifact.capacities(20) == [20]
+    assert capacities(1 << 20)[-3:] == [917504, 983040, 1048576]
+    assert capacities(100) == [64, 100]
+    assert capacities(64) == [64]
+    assert capacities(20) == [20]

@@ -3,6 +3,7 @@
 import shutil
 import sysconfig
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,14 @@ import torch
 from conftest import ours, rival
 from transformers import PreTrainedTokenizerFast
 
-from export import ExportError, export_onnx
+from export import ExportError, OnnxOptions, export_onnx
 from export.bench.floor import linear_layers
 from export.lower import OnnxContext
-from export.quantization.graph import (
-    block_size,
-    quantizable,
-    round_to_nearest,
-    round_with_feedback,
-    scale_search,
-    second_moments,
-)
+from export.quantization.calibration import second_moments
+from export.quantization.gptq import round_with_feedback, scale_search
+from export.quantization.nearest import round_to_nearest
+from export.quantization.schemes import SCHEMES
+from export.quantization.weights import block_size, quantizable
 from runtime import load
 from wm_models import shipped_checkpoint
 from wm_models.shipped import TRAINED
@@ -88,7 +86,9 @@ def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
     attend = OnnxContext.attend
     without = lambda s, layer, q, k, v, bias, scale: attend(s, layer, q, k, v, bias * 0, scale)  # noqa: E731
     monkeypatch.setattr(OnnxContext, "attend", without)
-    verdicts = export_onnx(tmp_path / "checkpoint", tmp_path / "out", quantize="int8", max_length=64, max_batch=2)
+    verdicts = export_onnx(
+        tmp_path / "checkpoint", tmp_path / "out", OnnxOptions(quantize="int8", max_length=64, max_batch=2)
+    )
     assert [verdict.case for verdict in verdicts if not verdict.passed] == ["A drawn at random, prompts (33, 5)"]
 
 
@@ -118,7 +118,7 @@ def exact(tmp_path_factory):
 )
 def test_what_quantisation_costs_the_shipped_model(exact, tmp_path, name, block, kl, perplexity):
     """On the export's own checks, and on files of the standard library that it was not trained on."""
-    verdicts = export_onnx(TRAINED, tmp_path / name, quantize=name, block_size=block)
+    verdicts = export_onnx(TRAINED, tmp_path / name, OnnxOptions(quantize=name, block_size=block))
     expected_blocks = {"int8": {128}, "int4": {32, block or 32}}[name]
     assert {each.block for each in linear_layers(load(tmp_path / name).artifact) if each.bits} == expected_blocks
     assert all(verdict.passed for verdict in verdicts)
@@ -192,20 +192,19 @@ def test_both_graphs_read_the_same_bytes_once(exported, name, bits):
 )
 def test_option_errors(exported, tmp_path, options, words):
     with pytest.raises(ExportError, match=words):
-        export_onnx(exported("dense")[0], tmp_path / "artifact", **options)
+        export_onnx(exported("dense")[0], tmp_path / "artifact", OnnxOptions(**options))
 
 
 def test_a_flipped_code_order_is_found(exported, tmp_path, monkeypatch):
     """Codes swapped in pairs, as if the two halves of a byte were."""
-    from export.quantization import graph as quantize
+    scheme = SCHEMES["int8"]
 
-    replace = quantize._replace
+    def swapped(weight):
+        codes, scales = scheme.round(weight)
+        return codes.view(len(codes), -1, 2).flip(-1).view_as(codes), scales
 
-    def swapped(graph, use, codes, *rest):
-        replace(graph, use, codes.reshape(len(codes), -1, 2)[..., ::-1].reshape(codes.shape), *rest)
-
-    monkeypatch.setattr(quantize, "_replace", swapped)
-    verdicts = export_onnx(exported("int8")[0], tmp_path / "artifact", quantize="int8", max_length=100)
+    monkeypatch.setitem(SCHEMES, "int8", replace(scheme, round=swapped))
+    verdicts = export_onnx(exported("int8")[0], tmp_path / "artifact", OnnxOptions(quantize="int8", max_length=100))
     *own, portable = verdicts
     assert not any(verdict.passed for verdict in own)
     assert portable.passed  # both graphs read the same codes
@@ -213,17 +212,17 @@ def test_a_flipped_code_order_is_found(exported, tmp_path, monkeypatch):
 
 def test_codes_that_one_graph_misreads_are_found(exported, tmp_path, monkeypatch):
     """As if ONNX Runtime's operators took the codes for numbers without a sign."""
-    from export.package import directory as artifact
+    from export.package import graph_files
 
-    specialize = artifact.specialize
+    rewrite = graph_files.use_cpu_quantized_operators
 
     def unflipped(graph):
-        graph = specialize(graph)
+        graph = rewrite(graph)
         for name, value in graph.graph.initializers.items():
             if name.startswith("highest.bit"):
                 value.const_value = ir.tensor(np.zeros_like(value.const_value.numpy()), name=name)
         return graph
 
-    monkeypatch.setattr(artifact, "specialize", unflipped)
-    verdicts = export_onnx(exported("int8")[0], tmp_path / "artifact", quantize="int8", max_length=100)
+    monkeypatch.setattr(graph_files, "use_cpu_quantized_operators", unflipped)
+    verdicts = export_onnx(exported("int8")[0], tmp_path / "artifact", OnnxOptions(quantize="int8", max_length=100))
     assert not any(verdict.passed for verdict in verdicts)

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 from conftest import SMALL, ours, randomise, rival
 
-from export import ExportError, build_tensorrt
-from export.package.inspection import inspect_artifact
+from export import ExportError, TensorRTOptions, build_tensorrt
+from export.inspection import inspect_artifact
 from export.targets import tensorrt as engines
+from export.targets import tensorrt_builder
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import INPUTS, NEXT_IDS
 from runtime.errors import ArtifactError
@@ -67,7 +68,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_operator_becomes_its_layer(made, tmp_path, family, dtype):
     artifact = made(family, dtype)
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     nodes = Counter(node.op_type for node in ir.load(artifact.path / artifact.graph.file).graph)
     layers = engine["layers"]
     assert len(layers["cache_updates"]) == nodes["TensorScatter"] == 6
@@ -91,7 +92,7 @@ def test_every_operator_becomes_its_layer(made, tmp_path, family, dtype):
 def test_weights_stay_quantised(exported, tmp_path, name):
     """The builder takes every DequantizeLinear as a layer of its own, over the codes."""
     artifact = read_artifact(exported(name)[1])
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx", max_length=64)
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx", max_length=64))
     nodes = Counter(node.op_type for node in ir.load(artifact.path / artifact.graph.file).graph)
     assert engine["layers"]["counts"]["DEQUANTIZE"] == nodes["DequantizeLinear"] > 10
     assert len(engine["layers"]["cache_updates"]) == nodes["TensorScatter"]
@@ -104,8 +105,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
     artifact = made(family, dtype)
     capacity = artifact.graph.rows(48)
     model = ir.load(artifact.path / artifact.graph.file)
-    caches = {state.input for state in artifact.graph.states}
-    engines.specialise(model, capacity, caches)
+    engines.prepare_for_tensorrt(model, artifact.graph, 48)
     rewritten = artifact.path / "rewritten.onnx"
     rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     sessions = [onnxruntime.InferenceSession(path) for path in (artifact.path / artifact.graph.file, rewritten)]
@@ -132,7 +132,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
 def test_next_ids_say_when_logits_are_broken(made, tmp_path):
     artifact = made("dense", "fp32")
     model = ir.load(artifact.path / artifact.graph.file)
-    engines.specialise(model, 16, {state.input for state in artifact.graph.states})
+    engines.prepare_for_tensorrt(model, artifact.graph, 16)
     path = artifact.path / "rewritten.onnx"
     path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     session = onnxruntime.InferenceSession(path)
@@ -153,7 +153,7 @@ def test_cheems(tmp_path, dtype):
     model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **fields})).eval()
     randomise(model)
     artifact = lowered(tmp_path / "cheems", model, dtype)
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert engine["aliased"] == [f"layers.1.{name}.out" for name in ("key", "value", "bias")]
     assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, dtype != "fp32"]]
 
@@ -161,7 +161,7 @@ def test_cheems(tmp_path, dtype):
 @pytest.mark.slow
 def test_a_classifier(tmp_path):
     artifact = lowered(tmp_path / "classifier", ours(rival(num_hidden_layers=1, num_labels=3)), "fp16")
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, True]]
     assert len(engine["layers"]["cache_updates"]) == 3
     assert read_artifact(tmp_path / "out").graph.labels == 3
@@ -171,7 +171,7 @@ def test_a_classifier(tmp_path):
 def test_the_smallest_preset(tmp_path):
     """Two heads: there is no fused kernel for exactly one token, but one for a profile of one or two."""
     artifact = lowered(tmp_path / "20m", create("doge-20m"), "bf16", max_batch=8, max_length=512)
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx", chunk=64)
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx", chunk=64))
     assert [profile["sequence"] for profile in engine["profiles"]] == [[1, 1, 2], [2, 64, 64]]
     assert all(attention["fused"] == [True, True] for attention in engine["layers"]["attention"])
     assert len(engine["layers"]["cache_updates"]) == 24
@@ -180,15 +180,15 @@ def test_the_smallest_preset(tmp_path):
 def test_a_tied_table_is_there_once(tmp_path):
     """The kernels take some megabytes whatever the model, so the table is made large."""
     artifact = lowered(tmp_path / "wide", small(vocab_size=200_000, num_hidden_layers=1), "fp16")
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx")
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     table = 200_000 * 64 * 2
     assert engine["build"]["bytes"] < (artifact.path / "model.onnx.data").stat().st_size + table / 2
 
 
 def test_targets_and_bounds(made, tmp_path):
     artifact = made("dense", "fp32")
-    options = {"compute_capability": ["8.6", "12.0"], "max_batch": 2, "max_length": 40, "chunk": 16}
-    engine = build_tensorrt(artifact.path, tmp_path / "out", builder="tensorrt-rtx", **options)
+    options = {"compute_capability": "8.6,12.0", "max_batch": 2, "max_length": 40, "chunk": 16}
+    engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx", **options))
     assert engine["compute_capabilities"] == ["8.6", "12.0"]
     assert (engine["capacity"], engine["max_batch"]) == (40, 2)
     assert [profile["batch"][2] for profile in engine["profiles"]] == [2, 2]
@@ -201,7 +201,7 @@ def test_targets_and_bounds(made, tmp_path):
     ("options", "words"),
     [
         ({"builder": "cuda"}, "--builder is 'cuda'.*tensorrt-rtx"),
-        ({"compute_capability": ["9.0"]}, r"9\.0: tensorrt-rtx .* builds for 7\.5, 8\.0"),
+        ({"compute_capability": "9.0"}, r"9\.0: tensorrt-rtx .* builds for 7\.5, 8\.0"),
         ({"max_batch": 5}, "--max-batch is 5.*1 to 4"),
         ({"max_length": 65}, "--max-length is 65.*1 to 64"),
         ({"chunk": 1}, "--chunk is 1"),
@@ -210,7 +210,9 @@ def test_targets_and_bounds(made, tmp_path):
 )
 def test_option_errors(made, tmp_path, options, words):
     with pytest.raises(ExportError, match=words):
-        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", **{"builder": "tensorrt-rtx", **options})
+        build_tensorrt(
+            made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(**{"builder": "tensorrt-rtx", **options})
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -229,46 +231,55 @@ def test_tensorrt_needs_a_gpu(monkeypatch):
 
 def test_a_refused_node_is_named(made, tmp_path, monkeypatch):
     """With the module that it comes from and the builder's words; nothing is left."""
-    specialise = engines.specialise
+    prepare = engines.prepare_for_tensorrt
 
     def spoil(model, *args):
-        specialise(model, *args)
+        prepare(model, *args)
         node = next(node for node in model.graph if node.op_type == "Softplus")
         node.op_type = "StringSplit"
 
-    monkeypatch.setattr(engines, "specialise", spoil)
+    monkeypatch.setattr(engines, "prepare_for_tensorrt", spoil)
     with pytest.raises(ExportError, match=r"refuses.*node_softplus of model\.layers\.0\.self_attn.*StringSplit"):
-        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
+        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lost_layer_is_found(made, tmp_path, monkeypatch):
     """An operator that became several layers, or none, may still be right, but nobody would know what it costs."""
-    specialise = engines.specialise
+    prepare = engines.prepare_for_tensorrt
 
     def spoil(model, *args):
-        specialise(model, *args)
+        prepare(model, *args)
         node = next(node for node in model.graph if node.op_type == "RotaryEmbedding")
         node.outputs[0].replace_all_uses_with(node.inputs[0])
         model.graph.remove(node)
 
-    monkeypatch.setattr(engines, "specialise", spoil)
+    monkeypatch.setattr(engines, "prepare_for_tensorrt", spoil)
     with pytest.raises(ExportError, match=r"\d+ layers of \d+ RotaryEmbedding nodes.*of model\.layers\.0\.self_attn"):
-        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
+        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_compiler_that_crashes_is_an_error(made, tmp_path, monkeypatch):
     """The builder has a process of its own."""
-    monkeypatch.setattr(engines.subprocess, "Popen", dies(engines.subprocess.Popen))
+    monkeypatch.setattr(tensorrt_builder.subprocess, "Popen", dies(subprocess.Popen))
     with pytest.raises(ExportError, match=r"tensorrt-rtx died while building \(exit code -11\)"):
-        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", builder="tensorrt-rtx")
+        build_tensorrt(made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert not list(tmp_path.iterdir())
 
 
 def dies(popen):
     code = "import os, signal, sys; sys.stdin.read(); os.kill(os.getpid(), signal.SIGSEGV)"
     return lambda command, **options: popen([sys.executable, "-c", code], **options)
+
+
+def test_the_builder_ignores_the_working_directory(made, tmp_path, monkeypatch):
+    """A module there of the name of one that the builder's program imports is not imported."""
+    for name in ("json", "tensorrt_rtx"):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path / "here")
+    build_tensorrt(made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
 
 
 def test_ctrl_c_leaves_nothing(made, tmp_path):

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from export import build_tensorrt
+from export import TensorRTOptions, build_tensorrt
 from export.bench.measure import BaselineOptions, measure
-from export.verification.compare import Case, compare, eager_logits, run_case
+from export.verification.cases import Case
+from export.verification.comparison import compare
+from export.verification.judging import run_case
+from export.verification.reference import eager_logits
 from runtime import load
 from runtime.bench import BenchOptions
 from wm_models import create
@@ -22,7 +25,7 @@ CASES = [
 @pytest.fixture(scope="module", params=["fp32", "fp16", "bf16"])
 def artifact(request, tmp_path_factory, report):
     directory = tmp_path_factory.mktemp("gpu") / request.param
-    engine = build_tensorrt(PRESET, directory, dtype=request.param, max_batch=4, max_length=LENGTH)
+    engine = build_tensorrt(PRESET, directory, TensorRTOptions(dtype=request.param, max_batch=4, max_length=LENGTH))
     report(f"{PRESET} {request.param}: {engine['builder']} {engine['version']}", f"{engine['build']['seconds']:.0f} s")
     return directory
 

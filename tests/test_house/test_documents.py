@@ -18,7 +18,7 @@ DOCUMENTS = sorted(
     if not {"artifacts", "node_modules", "site-packages"} & set(path.relative_to(ROOT).parts)
     and not any(part.startswith(".") and part != ".github" for part in path.relative_to(ROOT).parts)
 )
-APPS = {"wm-run": runtime.cli.app, "wm-export": export.cli.app, "wm-train": wm_models.training.cli.app}
+APPS = {"wm-run": runtime.cli.app, "wm-export": export.cli.make_app(), "wm-train": wm_models.training.cli.app}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ from conftest import DATA, assert_close, golden, randomise, rival
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import load as load_artifact
 from wm_models import (
     FORMATS,
@@ -289,6 +289,6 @@ def test_a_format_from_outside(other_format, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "wm_models"):
         assert torch.equal(DogeForCausalLM.from_pretrained(checkpoint)(ids).logits, model(ids).logits)
     assert "a checkpoint of format elsewhere" in caplog.text
-    assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", max_length=60))
+    assert all(verdict.passed for verdict in export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(max_length=60)))
     expected = model.generate(ids[:1], max_new_tokens=20, do_sample=False)[0, 20:].tolist()
     assert load_artifact(tmp_path / "artifact").generate_ids(ids[0].tolist(), 20) == expected

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
-from export.targets.tensorrt import specialise
+from export.targets.tensorrt import prepare_for_tensorrt
 from runtime import RequestError, load
 from runtime.artifact.integrity import file_hash, read_artifact
 from runtime.backends import cuda, ort_gpu, tensorrt
@@ -109,9 +109,10 @@ def artifact(tmp_path_factory):
     """The small artifact, with an "engine" for the stand-in: its graph at one capacity."""
     directory = tmp_path_factory.mktemp("made") / "artifact"
     shutil.copytree(SMALL, directory)
-    states = read_artifact(directory).graph.states
+    contract = read_artifact(directory).graph
+    states = contract.states
     graph = ir.load(directory / "model.onnx")
-    specialise(graph, 40, {state.input for state in states})  # the window's rows
+    prepare_for_tensorrt(graph, contract, contract.max_length)
     ir.save(graph, directory / "standin.onnx", external_data=None)
     whole = onnx.load(directory / "standin.onnx")
     (directory / "standin.onnx").unlink()

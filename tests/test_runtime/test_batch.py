@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_export.conftest import save_checkpoint
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.batch import Prompt, finished_lines, generate_file, generate_many, read_prompts
 from runtime.text.sampling import Sampling
@@ -16,7 +16,7 @@ from runtime.text.sampling import Sampling
 def directory(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("batch")
     save_checkpoint(root / "checkpoint", tokenizer=True, logit_scale=0.5, vocab_size=32768, eos_token_id=None)
-    export_onnx(root / "checkpoint", root / "artifact", max_batch=3, quantize=request.param)
+    export_onnx(root / "checkpoint", root / "artifact", OnnxOptions(max_batch=3, quantize=request.param))
     return root / "artifact"
 
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from conftest import ours, rival
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
 from runtime.batch import classify_file, generate_file, generate_many, read_prompts
 from runtime.bench import BenchOptions, measure
@@ -28,7 +28,9 @@ def made(tmp_path_factory):
     model = rival(vocab_size=32768, num_hidden_layers=1, pad_token_id=2, **labels)
     ours(model).save_pretrained(root / "checkpoint")
     shipped_tokenizer().save_pretrained(root / "checkpoint")
-    assert all(v.passed for v in export_onnx(root / "checkpoint", root / "artifact", max_batch=3, max_length=100))
+    assert all(
+        v.passed for v in export_onnx(root / "checkpoint", root / "artifact", OnnxOptions(max_batch=3, max_length=100))
+    )
     return root
 
 

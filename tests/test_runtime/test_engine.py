@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as processors
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
 from runtime.backends.ort_cpu import _move_apart
 from runtime.text.sampling import Sampler, Sampling
@@ -29,7 +29,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("runtime")
     ours(rival(vocab_size=32768, eos_token_id=None), expert_routing="token").save_pretrained(root / "checkpoint")
     shipped_tokenizer().save_pretrained(root / "checkpoint")
-    assert all(v.passed for v in export_onnx(root / "checkpoint", root / "artifact", max_batch=3))
+    assert all(v.passed for v in export_onnx(root / "checkpoint", root / "artifact", OnnxOptions(max_batch=3)))
     return root / "artifact", DogeForCausalLM.from_pretrained(root / "checkpoint")
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ours, rival
 from test_export.conftest import lowered
 
-from export.targets.tensorrt import specialise
+from export.targets.tensorrt import prepare_for_tensorrt
 from runtime import ArtifactError, RequestError, load
 from runtime.backends import cuda
 from runtime.backends import tensorrt as backend
@@ -31,7 +31,7 @@ def made(request, tmp_path_factory):
     model = ours(rival(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
     artifact = lowered(directory, model, request.param, max_batch=8, max_length=64)
     graph = ir.load(directory / artifact.graph.file)
-    specialise(graph, CAPACITY, {state.input for state in artifact.graph.states})
+    prepare_for_tensorrt(graph, artifact.graph, CAPACITY)
     ir.save(graph, directory / "standin.onnx", external_data=None)
     whole = onnx.load(directory / "standin.onnx")
     (directory / "standin.onnx").unlink()

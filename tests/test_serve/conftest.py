@@ -14,9 +14,10 @@ import torch
 from conftest import ours, rival
 from test_export.conftest import lowered
 
-from export.package.directory import write_manifest
+from export.package.manifest import write_manifest
 from export.source import TOKENIZER_FILES
 from runtime import Engine, load
+from runtime.artifact.manifest import MANIFEST, parse_manifest
 from runtime.serve.app import create_app
 from runtime.serve.options import ServeOptions
 from runtime.serve.server import Server, bind
@@ -42,7 +43,8 @@ def make_artifact(directory: Path, model: Any, texts: dict[str, bytes], **bounds
     verification = {"source": {}, "passed": True, "comparisons": [VERDICT]}
     for name, text in {**texts, "verification.json": json.dumps(verification).encode()}.items():
         (directory / name).write_bytes(text)
-    write_manifest(directory, json.loads((directory / "manifest.json").read_text()), verified=True)
+    path = directory / MANIFEST
+    write_manifest(directory, parse_manifest(path.read_bytes(), path), verified=True)
     return directory
 
 

@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from export import export_onnx, sign, verify
+from export import OnnxOptions, export_onnx, sign, verify
 from runtime.artifact.integrity import read_artifact
 from wm_models.training import Recipe, train
 from wm_models.training.trainer import KEPT_CHECKPOINTS
@@ -113,14 +113,14 @@ class ArtifactJobs(Jobs):
         super().__init__(root)
         self.old, self.source = root / "old", make_checkpoint(root / "checkpoint")
         self.key, _ = write_keys(root, "key")
-        export_onnx(self.source, self.old, max_length=OLD, max_batch=2)
-        self.remember("export.targets.onnx_graph.references", "export.targets.onnx_graph.lower")
-        export_onnx(self.source, root / "new", max_length=NEW, max_batch=2)
-        self.remember("export.verification.compare.references")
+        export_onnx(self.source, self.old, OnnxOptions(max_length=OLD, max_batch=2))
+        self.remember("export.targets.onnx_artifact.references", "export.targets.onnx_artifact.lower")
+        export_onnx(self.source, root / "new", OnnxOptions(max_length=NEW, max_batch=2))
+        self.remember("export.verification.judging.references")
         self.reset()
         verify(self.out)
         self.jobs = {
-            "export": lambda: export_onnx(self.source, self.out, max_length=NEW, max_batch=2, force=True),
+            "export": lambda: export_onnx(self.source, self.out, OnnxOptions(max_length=NEW, max_batch=2), force=True),
             "verify": lambda: verify(self.out),
             "sign": lambda: sign(self.out, self.key),
         }

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from export import Comparison, export_onnx, verify
+from export import Comparison, OnnxOptions, export_onnx, verify
 from test_trust.samples import make_checkpoint, rewrite
 
 KEEP = 24
@@ -267,7 +267,7 @@ def judge(artifact: Path, mutate: Callable[[Mutable], None], place: Path) -> lis
 def make_sound(root: Path, fresh: bool) -> Path:
     """An artifact that selects keys: of a randomised checkpoint, or of one as training starts, with A = 0."""
     source = make_checkpoint(root / "checkpoint", fresh, **SIZES)
-    verdicts = export_onnx(source, root / "artifact", max_length=120, max_batch=3)
+    verdicts = export_onnx(source, root / "artifact", OnnxOptions(max_length=120, max_batch=3))
     assert all(verdict.passed for verdict in verdicts)
     return root / "artifact"
 

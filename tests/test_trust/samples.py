@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from conftest import ours, rival
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 
 SIZES = {
     "vocab_size": 97,
@@ -35,7 +35,7 @@ def make_checkpoint(directory: Path, fresh: bool = False, **changes: object) -> 
 def make_artifact(root: Path, **changes: object) -> Path:
     """A verified artifact of a few hundred kilobytes, `root`/artifact, of `root`/checkpoint."""
     source = make_checkpoint(root / "checkpoint", **changes)
-    verdicts = export_onnx(source, root / "artifact", max_length=300, max_batch=4)
+    verdicts = export_onnx(source, root / "artifact", OnnxOptions(max_length=300, max_batch=4))
     assert all(verdict.passed for verdict in verdicts)
     return root / "artifact"
 

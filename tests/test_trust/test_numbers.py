@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import ExportError, export_onnx
+from export import ExportError, OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.text.sampling import Sampler, Sampling
 from test_trust.samples import make_checkpoint
@@ -44,7 +44,7 @@ def test_weights_that_are_not_finite_are_named(checkpoint, tmp_path, value):
 def test_weights_beyond_the_dtype_are_named(checkpoint, tmp_path):
     spoil(checkpoint, lambda layers: layers[1].input_residual[3:5].fill_(7e4))
     with pytest.raises(ExportError, match=r"layers\.1\.input_residual: 2 of 32 beyond float16"):
-        export_onnx(checkpoint, tmp_path / "artifact", dtype="fp16")
+        export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(dtype="fp16"))
 
 
 @pytest.mark.parametrize(("strength", "dtypes"), [(12.0, ["fp16"]), (100.0, ["fp16", "bf16", "fp32"])])
@@ -59,14 +59,14 @@ def test_biases_beyond_the_dtype_are_found_on_activations(checkpoint, tmp_path, 
     spoil(checkpoint, change)
     for dtype in dtypes:
         with pytest.raises(ExportError, match=r"layers\.1\.self_attn.*reaches e\^.*--dtype|logits are not finite"):
-            export_onnx(checkpoint, tmp_path / dtype, dtype=dtype, max_length=60)
+            export_onnx(checkpoint, tmp_path / dtype, OnnxOptions(dtype=dtype, max_length=60))
     assert not [path for path in tmp_path.iterdir() if path.name != "checkpoint"]
 
 
 def test_a_model_whose_own_logits_are_not_finite(checkpoint, tmp_path):
     spoil(checkpoint, lambda layers: layers[1].mlp.down_proj.weight.fill_(3e38))
     with pytest.raises(ExportError, match="logits are not finite"):
-        export_onnx(checkpoint, tmp_path / "artifact", max_length=60)
+        export_onnx(checkpoint, tmp_path / "artifact", OnnxOptions(max_length=60))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
 from runtime.batch import Prompt, generate_many
 
@@ -121,8 +121,8 @@ def test_processes_share_a_directory_while_siblings_are_written(artifact, alone,
     command = [sys.executable, "-P", "-c", code, shared]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     source = artifact.parent / "checkpoint"
-    export_onnx(source, tmp_path / "sibling", max_length=64, max_batch=1)
-    export_onnx(source, tmp_path / "sibling", max_length=32, max_batch=1, force=True)
+    export_onnx(source, tmp_path / "sibling", OnnxOptions(max_length=64, max_batch=1))
+    export_onnx(source, tmp_path / "sibling", OnnxOptions(max_length=32, max_batch=1), force=True)
     for reader in readers:
         said, errors = reader.communicate(timeout=120)
         assert reader.returncode == 0, errors
@@ -176,7 +176,7 @@ def test_of_two_exports_to_one_place_neither_is_lost_unasked(artifact, tmp_path,
 
 def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, monkeypatch):
     """The ONNX export inside it ends first; another command to the same place then leaves it alone."""
-    from export import build_tensorrt
+    from export import TensorRTOptions, build_tensorrt
     from export.package import directory as exports
     from export.targets import tensorrt
 
@@ -190,7 +190,7 @@ def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, mon
 
     monkeypatch.setattr(tensorrt, "choose_builder", lambda name: name)
     monkeypatch.setattr(tensorrt, "add_engine", build)
-    build_tensorrt(artifact.parent / "checkpoint", out, max_length=64, max_batch=1)
+    build_tensorrt(artifact.parent / "checkpoint", out, TensorRTOptions(max_length=64, max_batch=1))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["engines"] == [{"file": "engine"}]
@@ -208,9 +208,7 @@ def test_verify_does_not_bring_back_what_was_replaced(artifact, tmp_path, monkey
             (new / "manifest.json").write_text("{}")
         return []
 
-    module = sys.modules["export.verification.compare"]  # whose name in `export` is the function's
-    monkeypatch.setattr(module, "references", lambda *_: ([], {}))
-    monkeypatch.setattr(module, "check", check)
+    monkeypatch.setattr("export.api.check_artifact", check)
     with pytest.raises(ExportError, match="replaced it meanwhile"):
         verify(out)
     assert (out / "manifest.json").read_text() == "{}"

@@ -1,0 +1,74 @@
+"""What activations look like: text that the model writes itself, and the activations' second moments on it.
+
+B batch (rows of text), S tokens, K input features, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from export.progress import SILENT, Progress
+from runtime import Engine
+from runtime.artifact.manifest import INPUTS
+from runtime.text.sampling import Sampler, Sampling
+
+ROWS, LENGTH = 64, 128  # of the calibration text: many rows, since the first tokens of a row lose most
+
+
+def written_text(engine: Engine, length: int = 256, seed: int = 0, progress: Progress = SILENT) -> np.ndarray:
+    """Ids (B, S), int64, that the model itself writes at temperature 1, each row after a first id drawn at random.
+
+    A classifier writes nothing: all of its ids are drawn.
+    """
+    rows, sampler = engine.graph.max_batch, Sampler(Sampling(temperature=1.0, seed=seed))
+    length, draw = min(length, engine.graph.max_length), np.random.default_rng(seed)
+    if engine.labels:
+        return draw.integers(0, engine.graph.vocabulary, (rows, length))
+    engine.reset()
+    engine.reserve(rows, length)
+    text = [draw.integers(0, engine.graph.vocabulary, rows)]
+    progress.stage("writing text with the model", length - 1)
+    while len(text) < length:
+        progress.advance()
+        text.append(sampler(engine.decode(text[-1]), [[]] * rows))
+    return np.stack(text, axis=1)
+
+
+def second_moments(
+    graph: ir.Model, path: Path, text: np.ndarray, names: list[str], progress: Progress = SILENT
+) -> dict[str, torch.Tensor]:
+    """Σ xᵀx, (K, K) float32, over the tokens of `text` (rows, S), of each of the graph's values `names` (B, S, K).
+
+    The graph is written to `path`, beside its weights, with these values as further outputs.
+    """
+    values = {out.name: out for node in graph.graph for out in node.outputs}
+    outputs, order = list(graph.graph.outputs), sorted(set(names))
+    graph.graph.outputs.extend(values[name] for name in order)
+    ir.save(graph, path)
+    del graph.graph.outputs[len(outputs) :]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    sizes = {"batch": 1, "capacity": text.shape[1]}
+    feed = {
+        value.name: np.zeros(
+            [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],
+            (value.dtype or ir.DataType.FLOAT).numpy(),
+        )
+        for value in graph.graph.inputs
+        if value.name not in INPUTS
+    }
+    sums = {name: torch.zeros(()) for name in order}
+    progress.stage("observing activations", len(text))
+    for row in text:
+        progress.advance()
+        steps = (row[None], np.zeros(1, np.int64), np.array([len(row)]))
+        found = session.run(order, {**feed, **dict(zip(INPUTS, steps, strict=True))})
+        for name, value in zip(order, found, strict=True):
+            x = torch.from_numpy(value).flatten(0, -2)
+            sums[name] = sums[name] + x.T @ x
+    return sums

@@ -1,0 +1,131 @@
+"""Weight-only quantisation of a lowered graph: blocks of integers, one scale each.
+
+A weight W (N, K) becomes codes q (N, K) and scales s (N, K / block), W ≈ s·q, symmetric, so there are no zero points.
+
+    model.onnx      DequantizeLinear, then what was there: Gather, or Transpose and MatMul
+    model.cpu.onnx  ONNX Runtime's own MatMulNBits and GatherBlockQuantized over the same bytes
+
+A table that is both embedding and head is quantised and stored once.
+N output features or rows, K input features, B batch, S tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from export.progress import SILENT, Progress
+from export.quantization.calibration import second_moments
+from export.quantization.schemes import BLOCKS, Scheme, Weight
+from export.rewrites.initializer import add_initializer
+
+ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
+FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
+
+
+@dataclass(frozen=True)
+class Use:
+    """A float weight of the graph, and the nodes that read it as rows (Gather) or as a matrix (MatMul)."""
+
+    weight: ir.Value
+    transposed: bool  # stored (K, N), as a MatMul reads it
+    products: list[ir.Node]
+    looked_up: bool = False
+
+    @property
+    def activation(self) -> str | None:
+        """What the weight is multiplied with; nothing where rows are only looked up.
+
+        Before the head's product one token is chosen: what it is chosen from stands for what it may be.
+        """
+        if not self.products:
+            return None
+        x = self.products[0].inputs[0]
+        assert x is not None
+        chooser = x.producer()
+        if chooser is not None and chooser.op_type == "GatherElements" and chooser.inputs[0] is not None:
+            x = chooser.inputs[0]
+        return x.name
+
+    def matrix(self) -> np.ndarray:
+        """(N, K), float32."""
+        assert self.weight.const_value is not None
+        value = self.weight.const_value.numpy().astype(np.float32)
+        return np.ascontiguousarray(value.T) if self.transposed else value
+
+
+def block_size(columns: int, largest: int) -> int:
+    """Weights to a scale in a matrix of this many columns: `largest`, or the next smaller block that divides them."""
+    return next(size for size in BLOCKS if size <= largest and columns % size == 0)
+
+
+def quantizable(graph: ir.Model) -> Iterator[Use]:
+    """The weights to quantise: matrices and look-up tables of enough rows whose columns divide into blocks."""
+    for weight in graph.graph.initializers.values():
+        shape = weight.shape.numpy() if weight.shape is not None and weight.shape.is_static() else ()
+        if len(shape) != 2 or weight.dtype != ir.DataType.FLOAT:
+            continue
+        nodes = [node for node, _ in weight.uses()]
+        kinds = {node.op_type for node in nodes}
+        if kinds == {"MatMul"} and all(node.inputs[1] is weight for node in nodes):
+            use = Use(weight, True, nodes)
+        elif kinds <= {"Gather", "Transpose"} and kinds:
+            turned = [node.outputs[0] for node in nodes if node.op_type == "Transpose"]
+            products = [node for value in turned for node, _ in value.uses()]
+            use = Use(weight, False, products, looked_up="Gather" in kinds)
+        else:
+            continue
+        rows, columns = reversed(shape) if use.transposed else shape
+        if rows >= FEWEST_ROWS and columns % BLOCKS[-1] == 0:
+            yield use
+
+
+def quantize_graph(
+    path: Path, scheme: Scheme, largest: int, text: np.ndarray | None, progress: Progress = SILENT
+) -> ir.Model:
+    """The float32 graph in the file `path` with its large weights quantised.
+
+    `largest`: weights to a scale at most. `text`: ids (rows, S) of the kind that the model will read, of a scheme that
+    calibrates.
+    """
+    graph = ir.load(path)
+    uses = list(quantizable(graph))
+    moments: dict[str, torch.Tensor] = {}
+    if text is not None:
+        products = [use.activation for use in uses if use.activation]
+        moments = second_moments(graph, path.with_name("moments.onnx"), text, products, progress)
+    progress.stage("quantising", total=len(uses))
+    for use in uses:
+        values = torch.from_numpy(use.matrix())
+        block = block_size(values.shape[1], min(largest, scheme.block) if use.looked_up else largest)
+        known = moments.get(use.activation) if use.activation else None
+        codes, scales = scheme.round(Weight(values, block, known, use.looked_up))
+        _replace(graph, use, codes.numpy(), scales.numpy(), scheme.bits)
+        progress.advance()
+    return graph
+
+
+def _replace(graph: ir.Model, use: Use, codes: np.ndarray, scales: np.ndarray, bits: int) -> None:
+    """Put a DequantizeLinear over codes (N, K) and scales (N, K / block) in the place of the weight."""
+    name = use.weight.name or ""
+    packed, block = codes.astype(np.int8), codes.shape[1] // scales.shape[1]
+    tensor = ir.tensor(packed if bits == 8 else packed.astype(ml_dtypes.int4), ELEMENTS[bits], name=f"{name}.codes")
+    stored = [add_initializer(graph.graph, each) for each in (tensor, ir.tensor(scales, name=f"{name}.scales"))]
+    whole = ir.node("DequantizeLinear", stored, {"axis": 1, "block_size": block})
+    whole.outputs[0].name = f"{name}.float"
+    first = min((node for node, _ in use.weight.uses()), key=list(graph.graph).index)
+    graph.graph.insert_before(first, whole)
+    result = whole.outputs[0]
+    if use.transposed:
+        turned = ir.node("Transpose", [result], {"perm": [1, 0]})
+        turned.outputs[0].name = f"{name}.transposed"
+        graph.graph.insert_before(first, turned)
+        result = turned.outputs[0]
+    for node, index in list(use.weight.uses()):
+        if node is not whole:
+            node.replace_input_with(index, result)
+    del graph.graph.initializers[name]

@@ -1,0 +1,95 @@
+"""Replace DequantizeLinear and what reads it by ONNX Runtime's own operators for a CPU, over the same stored codes.
+
+N rows (output features), K columns (input features).
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from export.rewrites.initializer import add_initializer
+
+BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
+
+
+def use_cpu_quantized_operators(model: ir.Model) -> ir.Model:
+    """The saved graph with MatMulNBits and GatherBlockQuantized, which read the codes from the weights' file.
+
+    They read unsigned codes, 2^(bits-1) larger than the signed ones: the same bytes with each code's highest bit
+    flipped. ONNX Runtime computes that flip once, when it loads the graph.
+    """
+    graph = model.graph
+    flips: dict[int, ir.Value] = {}
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        codes = node.inputs[0]
+        assert codes is not None
+        assert isinstance(codes.const_value, ir.ExternalTensor)
+        bits = BITS[codes.const_value.dtype]
+        if bits not in flips:
+            mask = np.array(0x80 if bits == 8 else 0x88, np.uint8)
+            flips[bits] = add_initializer(graph, ir.tensor(mask, name=f"highest.bit.{bits}"))
+        block = node.attributes["block_size"].as_int()
+        signed = add_initializer(graph, _as_bytes(codes.const_value, bits, block))
+        unsigned = ir.node("BitwiseXor", [signed, flips[bits]])
+        graph.insert_before(node, unsigned)
+        for user, _ in list(node.outputs[0].uses()):
+            if user.op_type == "Gather":
+                _fuse_look_up(graph, node, unsigned.outputs[0], user)
+            else:  # a Transpose
+                _fuse_products(graph, node, unsigned.outputs[0], user)
+        graph.remove(node, safe=True)
+        del graph.initializers[codes.name or ""]
+    model.opset_imports["com.microsoft"] = 1
+    return model
+
+
+def _as_bytes(stored: ir.ExternalTensor, bits: int, block: int) -> ir.ExternalTensor:
+    """The codes (N, K) of a file as bytes (N, K / block, block · bits / 8)."""
+    rows, columns = stored.shape.numpy()
+    return ir.ExternalTensor(
+        stored.location, stored.offset, stored.length, ir.DataType.UINT8,
+        shape=ir.Shape((rows, columns // block, block * bits // 8)), name=f"{stored.name}.bytes",
+        base_dir=stored.base_dir,
+    )  # fmt: skip
+
+
+def _fuse_look_up(graph: ir.Graph, node: ir.Node, unsigned: ir.Value, gather: ir.Node) -> None:
+    """Put one GatherBlockQuantized in the place of a DequantizeLinear and a Gather of its rows."""
+    codes, scales = node.inputs
+    assert codes is not None
+    rows = _stored(codes).shape.numpy()[0]
+    flat = ir.node("Reshape", [unsigned, add_initializer(graph, ir.tensor([rows, -1], name=f"{codes.name}.rows"))])
+    attributes = {**_blocks(node), "gather_axis": 0, "quantize_axis": 1}
+    fused = _fused("GatherBlockQuantized", [flat.outputs[0], gather.inputs[1], scales], gather, attributes)
+    graph.insert_before(gather, [flat, fused])
+    graph.remove(gather, safe=True)
+
+
+def _fuse_products(graph: ir.Graph, node: ir.Node, unsigned: ir.Value, transpose: ir.Node) -> None:
+    """Put a MatMulNBits in the place of each MatMul with a transposed DequantizeLinear."""
+    codes, scales = node.inputs
+    assert codes is not None
+    rows, columns = _stored(codes).shape.numpy()
+    attributes = {**_blocks(node), "K": columns, "N": rows, "accuracy_level": 4}
+    for product, _ in list(transpose.outputs[0].uses()):
+        fused = _fused("MatMulNBits", [product.inputs[0], unsigned, scales], product, attributes)
+        graph.insert_before(product, fused)
+        graph.remove(product, safe=True)
+    graph.remove(transpose, safe=True)
+
+
+def _stored(codes: ir.Value) -> ir.TensorProtocol:
+    assert codes.const_value is not None
+    return codes.const_value
+
+
+def _blocks(node: ir.Node) -> dict[str, int]:
+    """The attributes that both operators share."""
+    assert node.inputs[0] is not None
+    return {"bits": BITS[_stored(node.inputs[0]).dtype], "block_size": node.attributes["block_size"].as_int()}
+
+
+def _fused(kind: str, inputs: list[ir.Value | None], old: ir.Node, attributes: dict[str, int]) -> ir.Node:
+    """A node of ONNX Runtime's own in place of `old`, with its output's name, shape and type."""
+    result = ir.Value(name=old.outputs[0].name, shape=old.outputs[0].shape, type=old.outputs[0].type)
+    ir.convenience.replace_all_uses_with(old.outputs[0], result, replace_graph_outputs=True)
+    return ir.node(kind, inputs, attributes, domain="com.microsoft", outputs=[result])

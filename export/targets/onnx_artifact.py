@@ -1,0 +1,170 @@
+"""The target `onnx`: checkpoint → model → graph → artifact, which every other target starts from.
+
+B batch (slots), C cache capacity.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+import torch
+
+from export.errors import ExportError
+from export.lower import cache_window, lower
+from export.package.graph_files import CPU_GRAPH, GRAPH, save_graph
+from export.package.manifest import capacities, describe, label_count, parameter_count, write_manifest
+from export.quantization.calibration import LENGTH, ROWS, written_text
+from export.quantization.schemes import BLOCKS, SCHEMES, Scheme
+from export.quantization.weights import quantize_graph
+from export.source import copy_texts
+from export.targets.base import Draft, Target
+from export.verification.judging import Expected
+from export.verification.ranges import check_biases, check_weights
+from export.verification.reference import references
+from runtime import load
+from runtime.artifact.manifest import LOGITS, Graph, Manifest
+from runtime.console import option
+from wm_models.decoder import DecoderWithHead
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SPARE = 128  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
+DEFAULT_BLOCKS = ", ".join(f"{scheme.block} with {name}" for name, scheme in SCHEMES.items())
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What an ONNX artifact is to be. Raises `ExportError` for a value that none can have.
+
+    `spare`: where the model keeps a window of w keys, a cache has at most w + `spare` rows.
+    """
+
+    dtype: str = option("fp32", f"Of weights, caches and arithmetic: {', '.join(DTYPES)}.")
+    quantize: str | None = option(
+        None, f"Store the weights as {' or '.join(SCHEMES)}, in blocks; caches and arithmetic stay fp32."
+    )
+    block_size: int | None = option(
+        None,
+        f"Weights to a scale at most: {', '.join(map(str, BLOCKS))}. More are faster and less exact. "
+        f"Default: {DEFAULT_BLOCKS}.",
+    )
+    max_length: int | None = option(None, "Most tokens a slot holds. Default: all that RoPE allows.")
+    max_batch: int = option(8, "Most slots a step serves.")
+    logits: str = option("last", "Logits of the last real token of each slot, or of all.")
+    spare: int = SPARE
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ExportError(f"--dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.quantize is not None and (self.quantize not in SCHEMES or self.dtype != "fp32"):
+            raise ExportError(
+                f"--quantize is {self.quantize!r} with --dtype {self.dtype}; expected one of {', '.join(SCHEMES)}, "
+                "with --dtype fp32"
+            )
+        if self.block_size is not None and (self.quantize is None or self.block_size not in BLOCKS):
+            raise ExportError(
+                f"--block-size is {self.block_size} with --quantize {self.quantize or 'unset'}; expected one of "
+                f"{', '.join(map(str, BLOCKS))}, with --quantize"
+            )
+        if self.logits not in LOGITS:
+            raise ExportError(f"--logits is {self.logits!r}; expected one of {', '.join(LOGITS)}")
+        if self.max_batch < 1:
+            raise ExportError(f"--max-batch is {self.max_batch}; expected at least 1")
+
+
+class OnnxTarget(Target[OnnxOptions]):
+    name = "onnx"
+    help = "Write an ONNX artifact and compare it with the eager model."
+    options = OnnxOptions
+
+    def write(self, draft: Draft, options: OnnxOptions) -> Expected:
+        """Write the graphs, their weights and the texts, and fill the manifest."""
+        draft.progress.stage("loading the model")
+        model, dtype = draft.load_model(), DTYPES[options.dtype]
+        check_model(model, draft.source, dtype)
+        contract = _contract(model, options)
+        copy_texts(model, draft.source, draft.directory)
+        expected = Expected(draft.load_model)
+        if options.quantize is None:
+            expected.answers, biases = references(model, contract, progress=draft.progress)
+            check_biases(biases, dtype)
+        config, parameters = model.config.to_dict(), parameter_count(model)
+        draft.progress.stage("lowering to ONNX")
+        model.to(dtype=dtype)  # type: ignore[call-arg]
+        bounds = {"max_batch": max(contract.max_batch, ROWS), "max_length": contract.max_length}
+        graph = lower(model, all_logits=options.logits == "all", window=contract.window, **bounds)
+        del model  # one copy of the weights at a time
+        with TemporaryDirectory(dir=draft.directory) as exact:
+            if options.quantize is not None:
+                description = describe(graph, config, 0, _exact(contract))
+                scheme, largest = SCHEMES[options.quantize], options.block_size
+                graph = _quantized(graph, Path(exact), description, scheme, largest or scheme.block, draft)
+            draft.progress.stage("writing")
+            save_graph(graph, draft.directory, contract.dtype, contract.quantization)
+        draft.manifest = describe(graph, config, parameters, contract)
+        return expected
+
+
+ONNX = OnnxTarget()
+
+
+def check_model(model: DecoderWithHead, source: str, dtype: torch.dtype) -> None:
+    """Raise `ExportError` for weights that are not finite in `dtype`, and for experts that have no step graph."""
+    check_weights(model, dtype)
+    if model.config.is_moe and model.config.expert_routing == "batch":
+        raise ExportError(
+            f"{source}: its experts are routed by expert_routing='batch', which mixes the tokens of a batch and so has "
+            'no step graph; set "expert_routing": "token" in config.json if the weights were trained for it'
+        )
+
+
+def _contract(model: DecoderWithHead, options: OnnxOptions) -> Graph:
+    """What the graph will promise; its states and its opset are known once it is lowered."""
+    max_length = checked_length(model, options.max_length)
+    portable = options.dtype != "bf16" and options.quantize is None
+    return Graph(
+        file=GRAPH,
+        cpu_file=GRAPH if portable else CPU_GRAPH,
+        vocabulary=model.config.vocab_size,
+        capacities=tuple(capacities(max_length)),
+        states=(),
+        dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
+        logits=options.logits,
+        max_batch=options.max_batch,
+        max_length=max_length,
+        window=cache_window(model.config, max_length, options.spare),
+        labels=label_count(model),
+        quantization=options.quantize or "none",
+    )
+
+
+def _exact(contract: Graph) -> Graph:
+    """The contract of the float32 graph that a quantised one is made of; it writes `ROWS` rows of text at a time."""
+    return replace(contract, max_batch=ROWS, quantization="none", cpu_file=GRAPH)
+
+
+def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
+    """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
+    rope = model.config.rope
+    limit = model.config.max_position_embeddings
+    if rope["rope_type"] == "dynamic":
+        limit = int(limit * rope["factor"])
+    length = limit if max_length is None else max_length
+    if not 2 <= length <= limit:
+        raise ExportError(f"--max-length is {length}; this model's RoPE ({rope['rope_type']}) allows 2 to {limit}")
+    return length
+
+
+def _quantized(
+    graph: ir.Model, exact: Path, manifest: Manifest, scheme: Scheme, largest: int, draft: Draft
+) -> ir.Model:
+    """The graph with quantised weights, at most `largest` to a scale.
+
+    The float32 graph is saved as an artifact in the directory `exact`, which writes the calibration text.
+    """
+    save_graph(graph, exact, "float32")
+    write_manifest(exact, manifest, verified=False)
+    text = None
+    if scheme.calibrates:
+        text = written_text(load(exact, "cpu", allow_unverified=True), LENGTH, progress=draft.progress)
+    return quantize_graph(exact / manifest.graph.file, scheme, largest, text, draft.progress)

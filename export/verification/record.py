@@ -1,0 +1,68 @@
+"""verification.json: what an artifact was compared with, and each comparison's figures."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from export.errors import ExportError
+from export.package.directory import write_json
+from export.package.manifest import write_manifest
+from export.source import is_local
+from export.verification.comparison import Comparison
+from runtime.artifact.manifest import Artifact, Manifest
+
+VERIFICATION = "verification.json"
+FIRST_TARGET = "onnx"  # of an artifact whose record names none
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The eager model that an artifact was made of, and the target that wrote it: `--source`, `--seed`, and a name."""
+
+    source: str
+    seed: int = 0
+    target: str = FIRST_TARGET
+
+
+def record_comparisons(
+    directory: Path,
+    manifest: Manifest,
+    origin: Origin,
+    comparisons: Sequence[Comparison],
+    names: Iterable[str] | None = None,
+) -> None:
+    """Write verification.json, and the manifest with the verdict and all files, or those of these `names` alone."""
+    passed = all(comparison.passed for comparison in comparisons)
+    record = {
+        "source": {"source": origin.source, "seed": origin.seed},
+        "target": origin.target,
+        "passed": passed,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    write_json(directory / VERIFICATION, record)
+    write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}))
+
+
+def read_origin(artifact: Artifact, source: str | None) -> Origin:
+    """What verification.json names, or `source` in its place.
+
+    An artifact may come from somebody else, so what it names is loaded only from this machine: a directory, the
+    shipped model or a preset. Raises `ExportError`.
+    """
+    path, record = artifact.path / VERIFICATION, artifact.read_json(VERIFICATION)
+    target = record.get("target", FIRST_TARGET)
+    if not isinstance(target, str):
+        raise ExportError(f"{path}: target is {type(target).__name__}; expected a target's name; export again")
+    if source is not None:
+        return Origin(source, target=target)
+    named = record.get("source")
+    named = named if isinstance(named, dict) else {}
+    source, seed = named.get("source"), named.get("seed", 0)
+    if not isinstance(source, str) or not isinstance(seed, int):
+        raise ExportError(f"{path}: names no source to compare with; name the checkpoint with --source")
+    if not is_local(source):
+        raise ExportError(
+            f"{path}: names the source {source[:200]!r}, which is no directory here, no preset and not the shipped "
+            "model; name the checkpoint with --source"
+        )
+    return Origin(source, seed, target)
