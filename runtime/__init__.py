@@ -4,9 +4,10 @@ import logging
 from importlib.metadata import version
 
 from runtime.backends.registry import BACKENDS
-from runtime.batch import Prompt, classify_file, generate_file, generate_many, read_prompts
+from runtime.batch import classify_file, generate_file, generate_many
 from runtime.engine import Engine, load
 from runtime.errors import ArtifactError, RequestError, SignatureError
+from runtime.prompts import Prompt, read_prompts
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampler, Sampling
 

@@ -204,10 +204,11 @@ class Engine(Slots):
         found = dict(self.classify_each(rows))
         return np.stack([found[index] for index in range(len(rows))])
 
-    def classify_each(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray]]:
+    def classify_each(self, rows: Sequence[Sequence[int]], *, strict: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         """The index and the logits (labels,) of each of several sequences of ids, as they come: the shortest first.
 
-        As many at a time as there are slots. See `classify`.
+        As many at a time as there are slots. See `classify`. Raises `RequestError` for logits that are not finite,
+        unless `strict` is False.
         """
         self.check_task(classifies=True)
         texts = []
@@ -218,9 +219,9 @@ class Engine(Slots):
                 raise RequestError(f"input {index + 1}: {error}") from error
             real = np.flatnonzero(ids != self._padding)
             texts.append(ids[: real[-1] + 1 if real.size else 1])
-        return self._classify_each(texts)
+        return self._classify_each(texts, strict)
 
-    def _classify_each(self, texts: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    def _classify_each(self, texts: list[np.ndarray], strict: bool) -> Iterator[tuple[int, np.ndarray]]:
         order = sorted(range(len(texts)), key=lambda index: texts[index].size)  # rows of like lengths need less padding
         for start in range(0, len(order), self.graph.max_batch):
             chosen = order[start : start + self.graph.max_batch]
@@ -232,7 +233,7 @@ class Engine(Slots):
                 self.reserve(*ids.shape)
                 logits = self.prefill(ids, lengths)
             for index, row in zip(chosen, logits, strict=True):
-                if not np.isfinite(row).all():
+                if strict and not np.isfinite(row).all():
                     raise RequestError(f"the logits of input {index + 1} are not finite; the weights or dtype overflow")
                 yield index, row
 

@@ -8,7 +8,8 @@ from test_export.conftest import save_checkpoint
 
 from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
-from runtime.batch import Prompt, finished_lines, generate_file, generate_many, read_prompts
+from runtime.batch import generate_file, generate_many
+from runtime.prompts import Prompt, finished_lines, read_prompts
 from runtime.text.sampling import Sampling
 
 
@@ -85,7 +86,8 @@ def test_a_file_is_resumed(engine, tmp_path):
     assert finished_lines(out, prompts) == {0, 1, 2, 3}
     assert len(list(generate_file(engine, prompts, out, 6, 2))) == 4
     assert out.read_bytes() == before
-    prompts[2].given["prompt"] = "another"
+    source.write_text(source.read_text().replace("import", "export"))
+    prompts = read_prompts(engine, source)
     with pytest.raises(RequestError, match=r"answers no line.*--out"):
         finished_lines(out, prompts)
 
@@ -93,7 +95,7 @@ def test_a_file_is_resumed(engine, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1: is no JSON"),
         ("[]", "line 1: expected an object"),
         ('{"prompt": "x", "ids": [1]}', "line 1: expected an object with either"),
         ('{"ids": [1, "2"]}', "line 1: ids are"),
@@ -108,7 +110,7 @@ def test_file_errors(engine, tmp_path, line, words):
     path = tmp_path / "in.jsonl"
     path.write_text(line)
     with pytest.raises(RequestError, match=words):
-        read_prompts(engine, path)
+        read_prompts(engine, path, strict=True)
 
 
 def test_join_errors(engine):

@@ -12,8 +12,9 @@ from conftest import ours, rival
 
 from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
-from runtime.batch import classify_file, generate_file, generate_many, read_prompts
+from runtime.batch import classify_file, generate_file, generate_many
 from runtime.bench import BenchOptions, measure
+from runtime.prompts import read_prompts
 from runtime.text.labels import label_names, label_scores
 from wm_models import shipped_tokenizer
 
@@ -84,7 +85,7 @@ def test_scores_of_the_most_likely_label_of_a_file(engine, tmp_path):
     whole = {answer["line"]: answer for answer in map(json.loads, out.read_text().splitlines())}
     logits = engine.classify([*TEXTS, [5, 6, 7]])
     for line, answer in whole.items():
-        found = answer.pop("prediction")
+        found, _ = answer.pop("prediction"), answer.pop("line_hash")
         assert answer == {**lines[line], "line": line}
         np.testing.assert_allclose(found["logits"], logits[line], atol=1e-4)
         assert found["label"] == NAMES[logits[line].argmax()]

@@ -16,7 +16,8 @@ from runtime import ArtifactError, load
 from runtime.backends import cuda
 from runtime.backends import ort_gpu as onnx_gpu
 from runtime.backends.eviction import largest_rows
-from runtime.batch import Prompt, generate_many
+from runtime.batch import generate_many
+from runtime.prompts import Prompt
 from test_runtime.standin import Driver, OrtSession
 from wm_models.layers.attention import keep_largest
 

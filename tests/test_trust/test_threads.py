@@ -12,7 +12,8 @@ import pytest
 
 from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
-from runtime.batch import Prompt, generate_many
+from runtime.batch import generate_many
+from runtime.prompts import Prompt
 
 PROMPTS = [[1, 2, 3], [50, 4, 9, 10], [7], [90, 91, 3, 3, 5]]
 
