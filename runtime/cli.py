@@ -12,7 +12,7 @@ from rich.progress import track
 from runtime.backends.registry import AUTO, backend_names
 from runtime.batch import classify_file, generate_file
 from runtime.bench import BenchOptions, measure, plot, render, table_rows
-from runtime.console import command, run
+from runtime.console import Version, command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
 from runtime.options import option
@@ -21,7 +21,7 @@ from runtime.serve.options import ServeOptions, missing_packages
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampling
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Run an exported model.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
 
 
@@ -81,7 +81,12 @@ class ClassifyOptions:
             raise RequestError("expected --texts and --out together, and --strict with them alone")
 
 
-@command(app)
+@app.callback()
+def wm_run(version: Version = False) -> None:
+    """Run an exported model."""
+
+
+@command(app, no_args_is_help=True)
 def generate(directory: Directory, options: GenerateOptions, sampling: Sampling, how: LoadOptions) -> None:
     """Continue a prompt, whose text streams as it comes, or a file of them."""
     engine = how.load(directory)
@@ -100,7 +105,7 @@ def generate(directory: Directory, options: GenerateOptions, sampling: Sampling,
         print()
 
 
-@command(app)
+@command(app, no_args_is_help=True)
 def classify(directory: Directory, options: ClassifyOptions, how: LoadOptions) -> None:
     """Print each label with its probability, the most likely first; or classify a file of texts."""
     engine = how.load(directory)
@@ -116,7 +121,7 @@ def classify(directory: Directory, options: ClassifyOptions, how: LoadOptions) -
         print(f"{engine.labels[index]}: {scores[index]:.4g}")
 
 
-@command(app)
+@command(app, no_args_is_help=True)
 def serve(directory: Directory, options: ServeOptions, how: LoadOptions) -> None:
     """Serve a model over HTTP, to clients of the OpenAI API and at a page of its own."""
     if missing := missing_packages():
@@ -133,7 +138,7 @@ def serve(directory: Directory, options: ServeOptions, how: LoadOptions) -> None
     serve(application, options, listening)
 
 
-@command(app)
+@command(app, no_args_is_help=True)
 def bench(directory: Directory, options: BenchOptions) -> None:
     """Measure start-up, prefill, decode and memory. `wm-export bench` measures baselines beside them."""
     result = measure(directory, options)

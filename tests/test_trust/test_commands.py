@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-MODULES = {"wm-train": "wm_models.training.cli"}
+MODULES = {"wm-run": "runtime.cli", "wm-train": "wm_models.training.cli"}
 
 
 @pytest.fixture
@@ -47,7 +47,9 @@ def test_a_shell_completes_options(answer, name):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_reader_that_leaves_is_no_error(name):
     code = f"import sys; from {MODULES[name]} import main; sys.argv = [{name!r}, '--help']; main()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     assert process.stderr.read() == ""
