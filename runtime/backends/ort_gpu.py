@@ -30,7 +30,8 @@ def missing(provider: str) -> str | None:
         return MISSING
     version = onnxruntime.__version__
     if NAMES[provider] not in onnxruntime.get_available_providers():
-        return f"ONNX Runtime {version} is a build without {NAMES[provider]}; run pip install 'wm-models[gpu]'"
+        install = "run pip uninstall onnxruntime, then pip install 'wm-models[gpu]'"
+        return f"ONNX Runtime {version} is a build without {NAMES[provider]}; {install}"
     try:
         driver = start_driver()
     except RequestError as error:

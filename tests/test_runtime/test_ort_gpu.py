@@ -28,14 +28,20 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu_build(monkeypatch):
+    """ONNX Runtime's build for GPUs, as far as it says so: the tests run with either."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*onnx_gpu.NAMES.values()])
+
+
+@pytest.fixture
+def gpu(monkeypatch, gpu_build):
     """A driver that shows a GPU."""
     driver = Driver()
     monkeypatch.setattr(cuda.importlib, "import_module", lambda name: driver)
     return driver
 
 
-def test_only_who_leaves_it_open_gets_another(made):
+def test_only_who_leaves_it_open_gets_another(made, gpu_build):
     if cuda.gpu_count():
         pytest.skip("this machine has a GPU")
     assert choose_backend(read_artifact(made), "auto").name == "cpu"
@@ -59,7 +65,10 @@ def test_what_is_missing_is_named(made, gpu, monkeypatch):
     with pytest.raises(RequestError, match="driver shows no GPU"):
         choose_backend(artifact, "cuda")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(RequestError, match=r"without TensorrtExecutionProvider; run pip install 'wm-models\[gpu\]'"):
+    with pytest.raises(
+        RequestError,
+        match=r"without TensorrtExecutionProvider; run pip uninstall onnxruntime, then pip install 'wm-models\[gpu\]'",
+    ):
         choose_backend(artifact, "ort-tensorrt")
 
 
