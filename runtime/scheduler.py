@@ -80,6 +80,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in slots; their last id is not in the caches yet
         self._ended: list[Event] = []  # cancelled since the last step
         self._unclean: set[int] = set()  # slots that may hold what is not finite
+        self._shorter = False  # whether a sequence has ended since the capacity was last chosen
         self._recurrent = any("capacity" not in state.shape for state in engine.graph.states)
 
     @property
@@ -128,6 +129,7 @@ class Scheduler:
             if self._held is not None and self.running:
                 self.engine.check_held(self._held)
             self._admit()
+            self._shrink()
             decodes = bool(self._running)
             events += self._prefill()
             return events + self._decode() if decodes else events
@@ -269,6 +271,17 @@ class Scheduler:
         if tokens > self.engine.session.capacity:
             self.engine.session.grow(self.engine.bucket(tokens))
 
+    def _shrink(self) -> None:
+        """Once a long sequence has ended, steps need not read as many cache rows as it had."""
+        if not self._shorter:
+            return
+        self._shorter = False
+        held = [len(each.ids) for each in (*self._prefilling, *self._running)]
+        if held:
+            capacity = self.engine.bucket(max(held) + self.chunk)
+            if 2 * capacity <= self.engine.session.capacity:
+                self.engine.session.shrink(capacity)
+
     def _note(self, sequence: Sequence, event: Event) -> Event:
         """Count an event's token, and take the sequence away where it is the last."""
         self.counters.new_tokens += event.token is not None
@@ -289,3 +302,4 @@ class Scheduler:
                 held.remove(sequence)
         if sequence.slot >= 0:
             self._lengths[sequence.slot] = 0
+            self._shorter = True

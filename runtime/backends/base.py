@@ -47,6 +47,13 @@ class Session(Protocol):
         """Make every slot hold up to `capacity` tokens, one of `graph.capacities`; the slots keep their content."""
         ...
 
+    def shrink(self, capacity: int) -> None:
+        """Let slots, none of which holds more than `capacity` tokens, need no more work than that; they keep content.
+
+        A session whose caches stay as they were made does nothing.
+        """
+        ...
+
     def clear_slot(self, slot: int) -> None:
         """Set one slot's caches to zero."""
         ...

@@ -67,6 +67,9 @@ class GpuSession:
         """Caches of a larger capacity with the same content."""
         raise NotImplementedError
 
+    def shrink(self, capacity: int) -> None:
+        """Nothing: the caches stay as they were made."""
+
     def sizes(self, batch: int, capacity: int) -> dict[str, int]:
         """Bytes of every buffer on the device, by name."""
         rows = batch * (self.chunk if self.graph.logits == "all" else 1)

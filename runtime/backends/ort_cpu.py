@@ -97,6 +97,18 @@ class OnnxSession:
                 _move_apart(flat, prod(shape[:axis]), old * row, new * row)
         self._lay_out(capacity)
 
+    def shrink(self, capacity: int) -> None:
+        """Caches of a smaller capacity, which no slot's content exceeds: one copy. Their memory stays reserved."""
+        old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
+        if new < old:
+            for state, flat in zip(self.graph.states, self.memory, strict=True):
+                if "capacity" in state.shape:
+                    shape, axis = state.sized(self.batch, new), state.shape.index("capacity")
+                    row = prod(shape[axis + 1 :])
+                    _move_together(flat, prod(shape[:axis]), old * row, new * row)
+            self._lay_out(capacity)
+        self.capacity = capacity
+
     def _check_memory(self, states: Sequence[State], batch: int, rows: int, freed: int = 0) -> None:
         size = sum(state_bytes(state, batch, rows) for state in states)
         check_memory(size, f"caches for {batch} slots of {rows} tokens", freed)
@@ -238,6 +250,12 @@ def _move_apart(flat: np.ndarray, heads: int, old: int, new: int) -> None:
     for head in reversed(range(heads)):  # the last first: a part lands behind those that still wait
         flat[head * new : head * new + old] = flat[head * old : (head + 1) * old]
         flat[head * new + old : (head + 1) * new] = 0
+
+
+def _move_together(flat: np.ndarray, heads: int, old: int, new: int) -> None:
+    """Of the `heads` parts that begin every `old` elements, have the first `new` elements begin every `new`."""
+    for head in range(heads):
+        flat[head * new : (head + 1) * new] = flat[head * old : head * old + new]
 
 
 def _bind(bind: Any, name: str, buffer: np.ndarray, element: int) -> None:

@@ -56,6 +56,9 @@ class ToySession:
     def grow(self, capacity):
         self.capacity = capacity
 
+    def shrink(self, capacity):
+        self.capacity = capacity
+
     def clear_slot(self, slot):
         self.seen[slot] = 0
 
@@ -261,6 +264,18 @@ def test_content_moves_between_slots(opened, rows):
     if opened.graph.window is not None and opened.device_name != "Toy":
         assert Slots(opened, 1).append(rows[0])
         assert opened.read_rows(0, 64, 70) is None  # it has 40 rows
+
+
+def test_a_smaller_capacity(opened, rows):
+    """A slot goes on where it was when the longest one has ended."""
+    slots = Slots(opened, 2)
+    slots.append(rows[0][:20], rows[1] + rows[2])
+    opened.clear_slot(1)
+    slots.lengths[1] = 0
+    opened.shrink(64)
+    found = slots.append(rows[3], rows[2][:5])
+    same(found[:1], Slots(opened, 1).append(rows[0][:20] + rows[3]))
+    same(found[1:], Slots(opened, 1).append(rows[2][:5]))
 
 
 def test_close(opened, rows):

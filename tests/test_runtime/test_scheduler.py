@@ -136,6 +136,22 @@ def test_a_step_computes_the_slots_in_use(engine):
     assert lone.counters.rows == lone.counters.steps == 7
 
 
+def test_a_step_reads_the_rows_in_use(engines):
+    """After a long sequence has ended, those that go on need a small capacity again, and get the same bits."""
+    engine = engines("one head")
+    request = Request(prompt(20), 30, Sampling(1.0, seed=0), logprobs=0)
+    alone = said(collect(Scheduler(engine, 3, chunk=16), [request])[0])
+    scheduler, capacities, events = Scheduler(engine, 3, chunk=16), [], []
+    long = scheduler.begin(Request(prompt(150), 3))
+    number = scheduler.begin(request)
+    while not scheduler.idle:
+        events += [event for event in scheduler.step() if event.sequence == number]
+        capacities.append(engine.session.capacity)
+    assert (max(capacities), capacities[-1]) == (LENGTH, 64)
+    assert long < number
+    assert said(events) == alone
+
+
 def test_a_long_prompt_holds_nobody_up(small):
     """Each step brings every running sequence a token and computes one piece; those that begin take turns."""
     scheduler = Scheduler(small, 3, chunk=16)
