@@ -43,6 +43,7 @@ class TensorRTBackend:
     has_devices = True
 
     def missing(self, artifact: Artifact) -> str | None:
+        engine_entries(artifact)  # entries that are damaged are an error, whatever runs
         try:
             choose_engine(artifact)
             start_driver()

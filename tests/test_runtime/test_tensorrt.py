@@ -313,7 +313,7 @@ def test_an_alias_that_the_manifest_denies(copy, machine):
         (lambda e: e.update(file="../x"), "not among the manifest's files"),
         (lambda e: e.update(builder="other"), "builder is 'other'"),
         (lambda e: e.update(compute_capabilities=["x"]), "compute_capabilities"),
-        (lambda e: e.update(profiles=[]), "no profiles"),
+        (lambda e: e.update(profiles=[]), "profiles has 0 entries"),
         (lambda e: e["profiles"][0].update(batch=[2, 1, 3]), "three rising sizes"),
         (lambda e: e.update(capacity=0), "capacity is 0"),
     ],
