@@ -1,5 +1,6 @@
-"""The command `wm-run`: generate, classify, serve, bench."""
+"""The command `wm-run`: generate, classify, serve, evaluate, bench."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from runtime.backends.registry import AUTO, backend_names
 from runtime.batch import classify_file, generate_file
@@ -15,6 +17,8 @@ from runtime.bench import BenchOptions, measure, plot, render, table_rows
 from runtime.console import Version, command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
+from runtime.evaluation.tasks import EvaluateOptions, metric_rows
+from runtime.evaluation.tasks import evaluate as evaluate_tasks
 from runtime.options import option
 from runtime.prompts import read_prompts
 from runtime.serve.options import ServeOptions, missing_packages
@@ -136,6 +140,19 @@ def serve(directory: Directory, options: ServeOptions, how: LoadOptions) -> None
         f"serving {application.state.service.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True
     )
     serve(application, options, listening)
+
+
+@command(app, no_args_is_help=True)
+def evaluate(directory: Directory, options: EvaluateOptions, how: LoadOptions) -> None:
+    """Measure a model on tasks of lm-evaluation-harness."""
+    results = evaluate_tasks(how.load(directory), options)
+    if options.as_json:
+        print(json.dumps(results, indent=2, default=str))
+        return
+    table = Table("task", "metric", "value")
+    for row in metric_rows(results):
+        table.add_row(*row)
+    Console().print(table)
 
 
 @command(app, no_args_is_help=True)
