@@ -22,13 +22,12 @@ def use_cpu_quantized_operators(model: ir.Model) -> ir.Model:
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         codes = node.inputs[0]
         assert codes is not None
-        assert isinstance(codes.const_value, ir.ExternalTensor)
-        bits = BITS[codes.const_value.dtype]
+        bits = BITS[_stored(codes).dtype]
         if bits not in flips:
             mask = np.array(0x80 if bits == 8 else 0x88, np.uint8)
             flips[bits] = add_initializer(graph, ir.tensor(mask, name=f"highest.bit.{bits}"))
         block = node.attributes["block_size"].as_int()
-        signed = add_initializer(graph, _as_bytes(codes.const_value, bits, block))
+        signed = add_initializer(graph, _as_bytes(_stored(codes), bits, block))
         unsigned = ir.node("BitwiseXor", [signed, flips[bits]])
         graph.insert_before(node, unsigned)
         for user, _ in list(node.outputs[0].uses()):
@@ -42,9 +41,12 @@ def use_cpu_quantized_operators(model: ir.Model) -> ir.Model:
     return model
 
 
-def _as_bytes(stored: ir.ExternalTensor, bits: int, block: int) -> ir.ExternalTensor:
-    """The codes (N, K) of a file as bytes (N, K / block, block · bits / 8)."""
+def _as_bytes(stored: ir.TensorProtocol, bits: int, block: int) -> ir.TensorProtocol:
+    """The codes (N, K) as bytes (N, K / block, block · bits / 8): of the weights' file, or of a small tensor's own."""
     rows, columns = stored.shape.numpy()
+    if not isinstance(stored, ir.ExternalTensor):  # too small for the file, so it lies in the graph
+        data = np.frombuffer(stored.tobytes(), np.uint8).reshape(rows, columns // block, -1)
+        return ir.tensor(data, name=f"{stored.name}.bytes")
     return ir.ExternalTensor(
         stored.location, stored.offset, stored.length, ir.DataType.UINT8,
         shape=ir.Shape((rows, columns // block, block * bits // 8)), name=f"{stored.name}.bytes",
