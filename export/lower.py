@@ -20,6 +20,7 @@ from onnxscript.onnx_opset import opset24 as op
 from torch import nn
 
 from export.forms import FormOptions, replace_layers
+from export.rewrites.names import name_by_module
 from runtime.artifact.manifest import Window, input_names
 from wm_models import DogeConfig, LayerCache
 from wm_models.context import StepContext
@@ -131,21 +132,36 @@ def lower(
     ]
     rest = [{0: batch} for _ in dropped] + [{0: batch, **dims} for dims in growing]
     shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple(rest))
+    inputs = [*input_names(window), *names]
+    outputs = ["logits", *(f"{name}.out" for name in names)]
+    return trace(graph, (*sample, *dropped, *states), shapes, inputs, outputs, OPSET)
+
+
+def trace(
+    graph: nn.Module,
+    sample: tuple[torch.Tensor, ...],
+    dynamic_shapes: tuple[Any, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+) -> ir.Model:
+    """The ONNX graph that `graph` becomes for inputs like `sample`, named by its modules; as `torch.onnx.export`."""
     # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            (*sample, *dropped, *states),
+            sample,
             dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            input_names=[*input_names(window), *names],
-            output_names=["logits", *(f"{name}.out" for name in names)],
+            opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
             custom_translation_table={torch.ops.aten.softplus.default: _softplus},
             optimize=True,
             verbose=False,
         )
     assert program is not None
+    name_by_module(program.model)
     return program.model

@@ -6,7 +6,8 @@ SSDMixer         SSDForm          one product for c, b and x; the recurrence or 
 ExpertMixture    GatheredMixture  the chosen rows are gathered, then multiplied
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from torch import nn
 
@@ -18,8 +19,10 @@ from wm_models.layers.attention import DMAttention
 from wm_models.layers.experts import ExpertMixture
 from wm_models.layers.ssd import SSDMixer
 
+Forms: TypeAlias = Mapping[type[nn.Module], Callable[..., nn.Module]]
+
 # A layer of exactly this class is replaced by what the form makes of it; any other is lowered as it is.
-FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+FORMS: Forms = {
     DMAttention: AttentionForm,
     SSDMixer: SSDForm,
     ExpertMixture: GatheredMixture,
@@ -28,10 +31,10 @@ FORMS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 __all__ = ["FORMS", "FormOptions", "replace_layers"]
 
 
-def replace_layers(model: nn.Module, options: FormOptions) -> None:
+def replace_layers(model: nn.Module, options: FormOptions, forms: Forms = FORMS) -> None:
     """Put the form of each layer that has one into its place. The forms take over the layers' parameters."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            form = FORMS.get(type(layer))
+            form = forms.get(type(layer))
             if form is not None:
                 setattr(parent, name, form(layer, options))

@@ -40,7 +40,7 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         ) from error
     try:
         yield new
-        for path in (*new.iterdir(), new):
+        for path in (*new.rglob("*"), new):
             if stat.S_ISREG(mode := path.lstat().st_mode) or stat.S_ISDIR(mode):
                 _sync(path)
         _place(new, out, force)

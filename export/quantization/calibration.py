@@ -3,8 +3,9 @@
 B batch (rows of text), S tokens, K input features, V vocabulary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from runtime import Engine
 from runtime.artifact.manifest import INPUTS
 from runtime.text.sampling import Sampler, Sampling
 
+Feed: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]  # the inputs of a graph for a row of text (S,)
 ROWS, LENGTH = 64, 128  # of the calibration text: many rows, since the first tokens of a row lose most
 
 
@@ -39,11 +41,17 @@ def written_text(engine: Engine, length: int = 256, seed: int = 0, progress: Pro
 
 
 def second_moments(
-    graph: ir.Model, path: Path, text: np.ndarray, names: list[str], progress: Progress = SILENT
+    graph: ir.Model,
+    path: Path,
+    text: np.ndarray,
+    names: list[str],
+    feed: Feed | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, torch.Tensor]:
     """Σ xᵀx, (K, K) float32, over the tokens of `text` (rows, S), of each of the graph's values `names` (B, S, K).
 
-    The graph is written to `path`, beside its weights, with these values as further outputs.
+    The graph is written to `path`, beside its weights, with these values as further outputs. `feed` gives the inputs
+    for a row of text; by default those of a step graph.
     """
     values = {out.name: out for node in graph.graph for out in node.outputs}
     outputs, order = list(graph.graph.outputs), sorted(set(names))
@@ -53,22 +61,32 @@ def second_moments(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    sizes = {"batch": 1, "capacity": text.shape[1]}
-    feed = {
-        value.name: np.zeros(
+    feed = feed or _step_feed(graph, text.shape[1])
+    sums = {name: torch.zeros(()) for name in order}
+    progress.stage("observing activations", len(text))
+    for row in text:
+        progress.advance()
+        found = session.run(order, feed(row))
+        for name, value in zip(order, found, strict=True):
+            x = torch.from_numpy(value).flatten(0, -2)
+            sums[name] = sums[name] + x.T @ x
+    return sums
+
+
+def _step_feed(graph: ir.Model, length: int) -> Feed:
+    """The inputs of a step graph that reads rows of `length` ids into empty caches."""
+    sizes = {"batch": 1, "capacity": length}
+    states = {
+        value.name or "": np.zeros(
             [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],
             (value.dtype or ir.DataType.FLOAT).numpy(),
         )
         for value in graph.graph.inputs
         if value.name not in INPUTS
     }
-    sums = {name: torch.zeros(()) for name in order}
-    progress.stage("observing activations", len(text))
-    for row in text:
-        progress.advance()
+
+    def feed(row: np.ndarray) -> dict[str, np.ndarray]:
         steps = (row[None], np.zeros(1, np.int64), np.array([len(row)]))
-        found = session.run(order, {**feed, **dict(zip(INPUTS, steps, strict=True))})
-        for name, value in zip(order, found, strict=True):
-            x = torch.from_numpy(value).flatten(0, -2)
-            sums[name] = sums[name] + x.T @ x
-    return sums
+        return {**states, **dict(zip(INPUTS, steps, strict=True))}
+
+    return feed

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from export.progress import SILENT, Progress
-from export.quantization.calibration import second_moments
+from export.quantization.calibration import Feed, second_moments
 from export.quantization.schemes import BLOCKS, Scheme, Weight
 from export.rewrites.initializer import add_initializer
 
@@ -85,19 +85,24 @@ def quantizable(graph: ir.Model) -> Iterator[Use]:
 
 
 def quantize_graph(
-    path: Path, scheme: Scheme, largest: int, text: np.ndarray | None, progress: Progress = SILENT
+    path: Path,
+    scheme: Scheme,
+    largest: int,
+    text: np.ndarray | None,
+    feed: Feed | None = None,
+    progress: Progress = SILENT,
 ) -> ir.Model:
     """The float32 graph in the file `path` with its large weights quantised.
 
     `largest`: weights to a scale at most. `text`: ids (rows, S) of the kind that the model will read, of a scheme that
-    calibrates.
+    calibrates. `feed` gives the graph's inputs for a row of it, see `second_moments`.
     """
     graph = ir.load(path)
     uses = list(quantizable(graph))
     moments: dict[str, torch.Tensor] = {}
     if text is not None:
         products = [use.activation for use in uses if use.activation]
-        moments = second_moments(graph, path.with_name("moments.onnx"), text, products, progress)
+        moments = second_moments(graph, path.with_name("moments.onnx"), text, products, feed, progress)
     progress.stage("quantising", total=len(uses))
     for use in uses:
         values = torch.from_numpy(use.matrix())

@@ -48,6 +48,11 @@ class Draft:
         """The eager model, in float32."""
         return load_model(self.source, self.seed)
 
+    def origin(self, target: str) -> Origin:
+        """What verification.json says of where this comes from."""
+        source = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
+        return Origin(source, self.seed, target)
+
     def add_section(self, name: str, value: Any) -> None:
         """Give the manifest a section of the target's own, in the place of one of this name; `value` becomes JSON."""
         self.manifest = replace(self.manifest, sections={**self.manifest.sections, name: value})
@@ -70,6 +75,19 @@ class Target(ABC, Generic[Options]):
 
         Returns what the artifact is to be compared with, or None where it was made of one that is verified already.
         """
+
+    def finish(self, draft: Draft, expected: Expected | None) -> list[Comparison]:
+        """Compare what was written, by default an artifact that the runtime loads, and record the verdict.
+
+        No comparison is made where None is expected.
+        """
+        if expected is None:
+            write_manifest(draft.directory, draft.manifest, verified=True)
+            return []
+        write_manifest(draft.directory, draft.manifest, verified=False)
+        comparisons = check_artifact(draft.directory, expected, self.open, draft.progress)
+        record_comparisons(draft.directory, draft.manifest, draft.origin(self.name), comparisons)
+        return comparisons
 
     def open(self, artifact: Artifact) -> Session:
         """Load the artifact for its comparison with the eager model; by default, its graph in ONNX Runtime on a CPU."""
@@ -118,13 +136,4 @@ def write_artifact(
 
 def write_verified(target: Target[Options], draft: Draft, options: Options) -> list[Comparison]:
     """Have the target write the draft, compare it, and record the verdict; none is made where None is expected."""
-    expected = target.write(draft, options)
-    if expected is None:
-        write_manifest(draft.directory, draft.manifest, verified=True)
-        return []
-    write_manifest(draft.directory, draft.manifest, verified=False)
-    comparisons = check_artifact(draft.directory, expected, target.open, draft.progress)
-    source = os.path.abspath(draft.source) if os.path.isdir(draft.source) else draft.source
-    origin = Origin(source, draft.seed, target.name)
-    record_comparisons(draft.directory, draft.manifest, origin, comparisons)
-    return comparisons
+    return target.finish(draft, target.write(draft, options))

@@ -17,6 +17,7 @@ from export.package.manifest import capacities, describe, label_count, parameter
 from export.quantization.calibration import LENGTH, ROWS, written_text
 from export.quantization.schemes import BLOCKS, SCHEMES, Scheme
 from export.quantization.weights import quantize_graph
+from export.rewrites.fixed_capacity import fix_capacity
 from export.source import copy_texts
 from export.targets.base import Draft, Target
 from export.verification.judging import Expected
@@ -28,6 +29,7 @@ from runtime.console import option
 from wm_models.decoder import DecoderWithHead
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FIXED = "model.fixed.onnx"  # the portable graph with caches of one size
 SPARE = 128  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
 DEFAULT_BLOCKS = ", ".join(f"{scheme.block} with {name}" for name, scheme in SCHEMES.items())
 
@@ -51,6 +53,9 @@ class OnnxOptions:
     max_length: int | None = option(None, "Most tokens a slot holds. Default: all that RoPE allows.")
     max_batch: int = option(8, "Most slots a step serves.")
     logits: str = option("last", "Logits of the last real token of each slot, or of all.")
+    capacity: int | None = option(
+        None, f"Also write {FIXED}, whose caches have room for exactly so many tokens, as TensorRT wants them."
+    )
     spare: int = SPARE
 
     def __post_init__(self) -> None:
@@ -101,11 +106,22 @@ class OnnxTarget(Target[OnnxOptions]):
                 graph = _quantized(graph, Path(exact), description, scheme, largest or scheme.block, draft)
             draft.progress.stage("writing")
             save_graph(graph, draft.directory, contract.dtype, contract.quantization)
+            if options.capacity is not None:
+                write_fixed(draft.directory, contract, options.capacity)
         draft.manifest = describe(graph, config, parameters, contract)
         return expected
 
 
 ONNX = OnnxTarget()
+
+
+def write_fixed(directory: Path, contract: Graph, capacity: int) -> None:
+    """Write the portable graph once more, over the same weights, with caches of one size."""
+    model = ir.load(directory / GRAPH)
+    rows = min(capacity, contract.window.rows) if contract.window else capacity
+    caches = [value for value in model.graph.inputs if value.shape is not None and "capacity" in map(str, value.shape)]
+    fix_capacity(model.graph, rows, [value.name or "" for value in caches])
+    ir.save(model, directory / FIXED)
 
 
 def check_model(model: DecoderWithHead, source: str, dtype: torch.dtype) -> None:
@@ -121,6 +137,8 @@ def check_model(model: DecoderWithHead, source: str, dtype: torch.dtype) -> None
 def _contract(model: DecoderWithHead, options: OnnxOptions) -> Graph:
     """What the graph will promise; its states and its opset are known once it is lowered."""
     max_length = checked_length(model, options.max_length)
+    if options.capacity is not None and not 2 <= options.capacity <= max_length:
+        raise ExportError(f"--capacity is {options.capacity}; expected 2 to {max_length}, the longest sequence")
     portable = options.dtype != "bf16" and options.quantize is None
     return Graph(
         file=GRAPH,
@@ -167,4 +185,4 @@ def _quantized(
     text = None
     if scheme.calibrates:
         text = written_text(load(exact, "cpu", allow_unverified=True), LENGTH, progress=draft.progress)
-    return quantize_graph(exact / manifest.graph.file, scheme, largest, text, draft.progress)
+    return quantize_graph(exact / manifest.graph.file, scheme, largest, text, progress=draft.progress)

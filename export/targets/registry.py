@@ -4,12 +4,18 @@ from typing import Any
 
 from export.errors import ExportError
 from export.targets.base import Target
+from export.targets.genai import GENAI
+from export.targets.hf_onnx import HF_ONNX
 from export.targets.onnx_artifact import ONNX
 from export.targets.tensorrt import TENSORRT
+from export.targets.web import WEB
 
 TARGETS: dict[str, Target[Any]] = {
     ONNX.name: ONNX,
     TENSORRT.name: TENSORRT,
+    GENAI.name: GENAI,
+    HF_ONNX.name: HF_ONNX,
+    WEB.name: WEB,
 }
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import onnx_ir as ir
 
 from export.errors import ExportError, VerificationError
-from export.package.graph_files import MODULE
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
 from export.rewrites.fixed_capacity import fix_capacity
+from export.rewrites.names import MODULE
 from export.rewrites.next_ids import add_next_ids
 from export.rewrites.rotary_positions import separate_rotary_positions
 from export.targets.base import Draft, Table, Target, write_verified
@@ -84,7 +84,7 @@ class TensorRTTarget(Target[TensorRTOptions]):
         capabilities = [check_capability(builder, name) for name in names]
         source = Path(draft.source)
         if (source / MANIFEST).is_file():
-            _copy_artifact(source, draft, options.dtype)
+            copy_artifact(draft, options.dtype)
         else:
             onnx = OnnxOptions(options.dtype or "fp32", max_length=options.max_length, max_batch=options.max_batch or 8)
             comparisons = write_verified(ONNX, draft, onnx)
@@ -177,9 +177,9 @@ def add_engine(
     modules = {node.name or "": node.metadata_props.get(MODULE, "") for node in model.graph}
     expected = {kind: [node.name or "" for node in model.graph if node.op_type == kind] for kind in LAYERS}
     prepare_for_tensorrt(model, graph, capacity)
-    rewritten = artifact.path / ".rewritten.onnx"  # beside the weights that it refers to
-    rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     stem = f"model.{builder}"
+    rewritten = artifact.path / f"{stem}.onnx"  # stays: trtexec builds of it too
+    rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     order = {
         "module": MODULES[builder],
         "model": str(rewritten),
@@ -189,7 +189,6 @@ def add_engine(
         "capabilities": list(capabilities),
     }
     built = run_builder(order, builder, modules, progress)
-    rewritten.unlink()
     check_layers(built, expected, {state.output: state.input for state in graph.states}, modules)
     return {
         "file": f"{stem}.engine",
@@ -233,9 +232,10 @@ def _profiles(batch: int, chunk: int) -> list[list[dict[str, Any]]]:
     return [decode, [prefill]]
 
 
-def _copy_artifact(source: Path, draft: Draft, dtype: str | None) -> None:
-    """Copy the artifact's listed files, after they were checked, and take its manifest over."""
+def copy_artifact(draft: Draft, dtype: str | None) -> Artifact:
+    """Copy the files that the source, an artifact, lists, after they were checked, and take its manifest over."""
     draft.progress.stage("reading the artifact")
+    source = Path(draft.source)
     artifact = read_artifact(source)
     if dtype is not None and str(DTYPES.get(dtype)).removeprefix("torch.") != artifact.graph.dtype:
         raise ExportError(f"--dtype is {dtype}, but {source} is {artifact.graph.dtype}; export the checkpoint again")
@@ -243,6 +243,7 @@ def _copy_artifact(source: Path, draft: Draft, dtype: str | None) -> None:
     for name in artifact.files:
         shutil.copy2(source / name, draft.directory / name)
     write_manifest(draft.directory, draft.manifest, verified=True)
+    return artifact
 
 
 def _fused(layers: dict[str, Any], profile: int) -> int:

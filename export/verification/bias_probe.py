@@ -53,7 +53,9 @@ def _set(layers: dict[str, DMAttention], values: dict[str, torch.Tensor]) -> Non
 def with_biases(artifact: Artifact, drawn: Values) -> Iterator[Artifact]:
     """The artifact with a copy of its graph beside it, in which A is `drawn`, repeated as the graph repeats it."""
     model = ir.load(artifact.path / artifact.graph.cpu_file)
-    kept = {name: model.graph.initializers.get(f"model.{name}") for name in drawn}
+    named = model.graph.initializers
+    # graphs of earlier exports have the names of the step graph around the model
+    kept = {name: named.get(name.removeprefix("model.")) or named.get(f"model.{name}") for name in drawn}
     if lost := {drawn[name].tobytes() for name in drawn} - {drawn[name].tobytes() for name in drawn if kept[name]}:
         raise KeyError(f"{len(lost)} of the graph's vectors A are not under the names of their layers")
     for name, value in kept.items():

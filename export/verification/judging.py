@@ -43,7 +43,13 @@ def check_artifact(
     directory: Path, expected: Expected, open_session: Opener, progress: Progress = SILENT
 ) -> list[Comparison]:
     """Compare the artifact in `directory`, verified or not, with the eager model. Writes a graph there for a time."""
-    artifact = read_artifact(directory, allow_unverified=True)
+    return compare_artifact(read_artifact(directory, allow_unverified=True), expected, open_session, progress)
+
+
+def compare_artifact(
+    artifact: Artifact, expected: Expected, open_session: Opener, progress: Progress = SILENT
+) -> list[Comparison]:
+    """As `check_artifact`, of one that is read, or described by whoever wrote it."""
     if artifact.graph.quantization == "none":
         return _check_exact(artifact, expected, open_session, progress)
     return _check_quantized(artifact, expected.reload(), open_session, progress)

@@ -32,6 +32,12 @@ def record_comparisons(
     names: Iterable[str] | None = None,
 ) -> None:
     """Write verification.json, and the manifest with the verdict and all files, or those of these `names` alone."""
+    passed = write_record(directory, origin, comparisons)
+    write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}))
+
+
+def write_record(directory: Path, origin: Origin, comparisons: Sequence[Comparison]) -> bool:
+    """Write verification.json; returns whether every comparison passed."""
     passed = all(comparison.passed for comparison in comparisons)
     record = {
         "source": {"source": origin.source, "seed": origin.seed},
@@ -40,7 +46,7 @@ def record_comparisons(
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }
     write_json(directory / VERIFICATION, record)
-    write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}))
+    return passed
 
 
 def read_origin(artifact: Artifact, source: str | None) -> Origin:
