@@ -25,6 +25,9 @@ class ClientSession:
         """Nothing to do: a client's caches grow by themselves, or have room for the longest sequence."""
         self.capacity = capacity
 
+    def shrink(self, capacity: int) -> None:
+        """Nothing to do, as in `grow`."""
+
     def copy_slot(self, source: int, target: int, tokens: int) -> NoReturn:
         """Raises `ArtifactError`: a client's caches are its own."""
         raise ArtifactError("a client's caches cannot be copied")

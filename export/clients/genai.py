@@ -73,12 +73,14 @@ class GenaiSession(ClientSession):
             held += ids
         return argmax_ids(logits) if argmax else logits
 
-    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+    def step_slot(
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
         """As `runtime.backends.base.Session.step_slot`."""
         self._part()
         logits = self._append_alone(slot, input_ids.tolist())
         self.tokens[slot] += input_ids.tolist()
-        return logits
+        return argmax_ids(logits) if argmax else logits
 
     def close(self) -> None:
         """Let go of the generators and the model."""

@@ -138,8 +138,10 @@ class MaskedSession(ClientSession):
         found = logits[np.arange(self.batch), last].astype(np.float32)
         return argmax_ids(found) if argmax else found
 
-    def step_slot(self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray) -> np.ndarray:
+    def step_slot(
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+    ) -> np.ndarray:
         """As `runtime.backends.base.Session.step_slot`: the other slots sit this step out."""
         ids, lengths = np.zeros((self.batch, input_ids.size), np.int64), np.zeros(self.batch, np.int64)
         ids[slot], lengths[slot] = input_ids, input_ids.size
-        return self.step(ids, cache_lengths, lengths)[slot : slot + 1]
+        return self.step(ids, cache_lengths, lengths, argmax)[slot : slot + 1]

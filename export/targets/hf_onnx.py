@@ -36,6 +36,7 @@ from export.verification.ranges import check_biases
 from export.verification.record import write_record
 from export.verification.reference import references
 from runtime import Engine
+from runtime.artifact.folder import Folder
 from runtime.artifact.manifest import Artifact, Graph, Manifest, Model
 from runtime.backends.base import Session
 from runtime.console import option
@@ -184,6 +185,8 @@ def _artifact(directory: Path, graph: Graph) -> Artifact:
         files={},
         texts={},
         verified=False,
+        folder=Folder(directory),
+        graphs={},
     )
 
 

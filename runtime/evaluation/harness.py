@@ -101,8 +101,8 @@ class EngineLM(TemplateLM):
         end = self.ids_of.decode([self.eot_token_id], skip_special_tokens=False)
         asked = []
         for request in requests:
-            prompt, options = request.args
-            values = normalize_gen_kwargs(options, 256)
+            prompt, options = request.args[0], request.args[1]
+            values: dict[str, Any] = {**normalize_gen_kwargs(options, 256)}
             stops = tuple(stop for stop in handle_stop_sequences(values.pop("until", None), eos=end) if stop)
             most = values.pop("max_gen_toks")
             samples = values.pop("do_sample", False)

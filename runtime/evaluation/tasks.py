@@ -38,7 +38,7 @@ def evaluate(engine: Engine, options: EvaluateOptions) -> dict[str, dict[str, An
     """
     if find_spec("lm_eval") is None:
         raise RequestError("lm-eval is not installed; install it with pip install 'wm-models[eval]'")
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from runtime.evaluation.harness import EngineLM
@@ -60,7 +60,7 @@ def evaluate(engine: Engine, options: EvaluateOptions) -> dict[str, dict[str, An
         torch_random_seed=None,  # type: ignore[arg-type]
     )
     assert found is not None
-    return {name: dict(values) for name, values in found["results"].items()}
+    return {name: dict(values) for name, values in (found.get("results") or {}).items()}
 
 
 def metric_rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -29,7 +29,9 @@ def answers(model, tasks):
         model, tasks=list(names), task_manager=manager, bootstrap_iters=0, torch_random_seed=None, batch_size=1
     )
     assert found is not None
-    return {name: [sample["resps"] for sample in found["samples"][name]] for name in names}, found["results"]
+    samples, results = found.get("samples"), found.get("results")
+    assert samples is not None
+    return {name: [sample["resps"] for sample in samples[name]] for name in names}, results
 
 
 @pytest.fixture(scope="module")
