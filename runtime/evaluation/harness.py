@@ -101,7 +101,8 @@ class EngineLM(TemplateLM):
         end = self.ids_of.decode([self.eot_token_id], skip_special_tokens=False)
         asked = []
         for request in requests:
-            prompt, options = request.args[0], request.args[1]
+            arguments: Any = request.args
+            prompt, options = arguments
             values: dict[str, Any] = {**normalize_gen_kwargs(options, 256)}
             stops = tuple(stop for stop in handle_stop_sequences(values.pop("until", None), eos=end) if stop)
             most = values.pop("max_gen_toks")
