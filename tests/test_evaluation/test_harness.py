@@ -7,7 +7,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.evaluation.harness import EngineLM
 from test_evaluation.tasks import write_tasks
@@ -44,7 +44,7 @@ def expected(tasks):
 
 @pytest.mark.parametrize("logits", ["all", "last"])
 def test_float32_equals_the_eager_model(tasks, expected, tmp_path, logits):
-    export_onnx("doge-3m", tmp_path / "artifact", logits=logits, max_batch=4)
+    export_onnx("doge-3m", tmp_path / "artifact", OnnxOptions(logits=logits, max_batch=4))
     with_engine, results = answers(EngineLM(load(tmp_path / "artifact")), tasks)
     choice, likelihood, completion = tasks[0]
     for one, other in zip(expected[0][choice], with_engine[choice], strict=True):
@@ -60,6 +60,6 @@ def test_float32_equals_the_eager_model(tasks, expected, tmp_path, logits):
 
 
 def test_what_it_cannot_do_is_refused(tasks, tmp_path):
-    export_onnx(shipped_checkpoint(), tmp_path / "artifact", max_length=64, max_batch=1)
+    export_onnx(shipped_checkpoint(), tmp_path / "artifact", OnnxOptions(max_length=64, max_batch=1))
     with pytest.raises(RequestError, match="max-length"):
         EngineLM(load(tmp_path / "artifact"))._loglikelihood_tokens([(None, [1], [2] * 64)])

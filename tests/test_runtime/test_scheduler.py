@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export.conftest import HYBRID, lowered, save_checkpoint
 
-from export import export_onnx
+from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.engine import Engine
 from runtime.scheduler import Event, Request, Scheduler
@@ -48,7 +48,7 @@ def engines(tmp_path_factory):
             directory = made[name] = tmp_path_factory.mktemp("made") / name
             if name in OPTIONS:
                 checkpoint = save_checkpoint(directory.parent / "checkpoint")
-                export_onnx(checkpoint, directory, max_length=LENGTH, max_batch=3, **OPTIONS[name])
+                export_onnx(checkpoint, directory, OnnxOptions(max_length=LENGTH, max_batch=3, **OPTIONS[name]))
             else:
                 lowered(directory, model_of(name), max_length=LENGTH, max_batch=3)
         return load(made[name], threads=1)
