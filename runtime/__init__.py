@@ -8,6 +8,8 @@ from runtime.batch import classify_file, generate_file, generate_many
 from runtime.engine import Engine, load
 from runtime.errors import ArtifactError, RequestError, SignatureError
 from runtime.prompts import Prompt, read_prompts
+from runtime.scheduler import Event, Request, Scheduler
+from runtime.text.constraint import json_object, json_schema, lark, regex
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampler, Sampling
 
@@ -17,18 +19,25 @@ __all__ = [
     "BACKENDS",
     "ArtifactError",
     "Engine",
+    "Event",
     "Prompt",
+    "Request",
     "RequestError",
     "Sampler",
     "Sampling",
+    "Scheduler",
     "SignatureError",
     "__version__",
     "classify_file",
     "generate_file",
     "generate_many",
+    "json_object",
+    "json_schema",
     "label_scores",
+    "lark",
     "load",
     "read_prompts",
+    "regex",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the application wants to hear

@@ -1,4 +1,4 @@
-"""The command `wm-run`: generate, classify, serve, evaluate, bench."""
+"""The command `wm-run`: generate, classify, chat, serve, evaluate, bench."""
 
 import json
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from runtime.evaluation.tasks import evaluate as evaluate_tasks
 from runtime.options import option
 from runtime.prompts import read_prompts
 from runtime.serve.options import ServeOptions, missing_packages
+from runtime.terminal import ChatOptions, talk
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampling
 
@@ -57,6 +58,7 @@ class GenerateOptions:
     strict: bool = option(False, "Stop at a line of --prompts that cannot be answered.", flag="--strict")
     max_new_tokens: int = option(128, "Most tokens to add.")
     stop: list[str] | None = option(None, "Stop before this text; may be repeated.")
+    json_schema: Path | None = option(None, "A file with a JSON schema that the text must meet.")
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.prompt, self.ids, self.prompts)) != 1:
@@ -66,6 +68,8 @@ class GenerateOptions:
             raise RequestError("expected --prompts and --out together, and --slots and --strict with them alone")
         if self.prompt is None and self.stop:
             raise RequestError("--stop is for --prompt; with --prompts, cut the texts afterwards")
+        if self.json_schema is not None and (self.prompt is None or self.stop):
+            raise RequestError("--json-schema is for --prompt, without --stop")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ def generate(directory: Directory, options: GenerateOptions, sampling: Sampling,
     engine.check_task(classifies=False)
     if options.prompts is not None:
         _generate_file(engine, options, sampling)
+    elif options.prompt is not None and options.json_schema is not None:
+        schema = options.json_schema.read_text(encoding="utf-8")
+        print(engine.generate_json(options.prompt, schema, options.max_new_tokens, sampling=sampling))
     elif options.prompt is not None:
         texts = engine.stream(options.prompt, options.max_new_tokens, stop=options.stop, **asdict(sampling))
         for text in texts:
@@ -123,6 +130,12 @@ def classify(directory: Directory, options: ClassifyOptions, how: LoadOptions) -
     scores = label_scores(engine.artifact, logits)[0]
     for index in (-scores).argsort(kind="stable"):
         print(f"{engine.labels[index]}: {scores[index]:.4g}")
+
+
+@command(app, no_args_is_help=True)
+def chat(directory: Directory, options: ChatOptions, sampling: Sampling, how: LoadOptions) -> None:
+    """Talk with a model in the terminal, by its checkpoint's chat template."""
+    talk(how.load(directory), options, sampling)
 
 
 @command(app, no_args_is_help=True)

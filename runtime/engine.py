@@ -5,7 +5,8 @@ B batch (slots), S new tokens, C cache capacity, V vocabulary.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -22,11 +23,14 @@ from runtime.host.budget import Budget
 from runtime.ids import as_integers
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
+from runtime.text.chat import ChatTemplate, Message, encode_chat, load_chat_template
+from runtime.text.constraint import Constraints, Grammar, json_schema
 from runtime.text.labels import CONFIG, label_names
 from runtime.text.sampling import Sampling
 from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer
 
 LOG = logging.getLogger(__name__)
+GREEDY = Sampling()
 
 
 def load(
@@ -122,6 +126,64 @@ class Engine(Slots):
         scheduler = Scheduler(self, 1, self.session.chunk, prefix_memory=0)
         scheduler.begin(request)
         return _without_errors(scheduler.run())
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The artifact's chat template, or None. Raises `ArtifactError` for one of another form."""
+        return load_chat_template(self.artifact)
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """What makes constraints of grammars for this model's tokenizer."""
+        return Constraints(self.tokenizer, self.graph.vocabulary, self.end_ids)
+
+    def close(self) -> None:
+        """Give all memory back. A second call does nothing; any other call raises `RequestError`."""
+        super().close()
+        made = vars(self)
+        if made.get("chat_template") is not None:
+            self.chat_template.sandbox.close()  # type: ignore[union-attr]
+        if "constraints" in made:
+            self.constraints.close()
+
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """The ids of a prompt for the assistant's next message; see `ChatTemplate.render`. Raises `RequestError`."""
+        return encode_chat(self.chat_template, self.tokenizer, self.artifact, messages, variables)
+
+    def chat(
+        self, messages: Sequence[Message], max_new_tokens: int = 128, *, stop: str | Sequence[str] | None = None,
+        sampling: Sampling = GREEDY, grammar: Grammar | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """The assistant's next message in pieces of whole characters, by the checkpoint's own chat template.
+
+        `messages`: objects with `role` and `content`. `grammar`: what the answer must be, see
+        `runtime.text.constraint`. `variables`: further names for the template. Raises `RequestError`.
+        """
+        self.check_task(classifies=False)
+        ids = self.encode_chat(messages, variables)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        constraint = None if grammar is None else self.constraints.start(grammar)
+        events = self.events(Request(ids, max_new_tokens, sampling, stops, constraint=constraint))
+        return (event.text for event in events if event.text)
+
+    def generate_json(
+        self, prompt: str, schema: Mapping[str, Any] | str, max_new_tokens: int = 128, *,
+        sampling: Sampling = GREEDY,
+    ) -> str:  # fmt: skip
+        """JSON to follow `prompt` that the schema, or its text, allows, at every temperature.
+
+        Raises `RequestError` where it is not finished after `max_new_tokens`. For other grammars, and for the tokens as
+        they come: `events` with a request whose constraint is `constraints.start(grammar)`.
+        """
+        self.check_task(classifies=False)
+        constraint = self.constraints.start(json_schema(schema))
+        text = ""
+        for event in self.events(Request(self.encode(prompt), max_new_tokens, sampling, constraint=constraint)):
+            text += event.text
+            if event.finish_reason == "length":
+                raise RequestError(f"the JSON is not finished after {max_new_tokens} tokens; ask for more of them")
+        return text
 
     def generate_ids(
         self, ids: Sequence[int], max_new_tokens: int = 128, *, stop_ids: Sequence[int] = (), temperature: float = 0.0,

@@ -119,7 +119,7 @@ async def _artifact(service: Service, request: Request) -> Response:
             "max_batch": graph.max_batch,
             "vocabulary": graph.vocabulary,
             "labels": list(service.engine.labels),
-            "chat": service.template is not None,
+            "chat": service.chats,
             "text": service.engine.tokenizer is not None,
             "verified": artifact.verified,
             "verification": artifact.read_json("verification.json"),

@@ -1,6 +1,7 @@
 """Run the application with uvicorn: connections that stall are closed, SIGTERM lets running requests end."""
 
 import asyncio
+import logging
 import signal
 import socket
 from types import FrameType
@@ -67,6 +68,7 @@ class Server(uvicorn.Server):
                 app,
                 http=timed_protocol(options.read_timeout),
                 ws="none",
+                loop="asyncio",
                 log_level="info" if options.access_log else "warning",
                 access_log=options.access_log,
                 server_header=False,
@@ -106,6 +108,7 @@ def bind(options: ServeOptions) -> socket.socket:
 
 def serve(app: Starlette, options: ServeOptions, listening: socket.socket) -> None:
     """Serve until a signal ends it. Raises KeyboardInterrupt after Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server = Server(app, options)
     server.run(sockets=[listening])
     if server.asked == signal.SIGINT:

@@ -17,8 +17,6 @@ from runtime.serve.errors import ApiError, busy, stopping
 from runtime.serve.metrics import Metrics
 from runtime.serve.options import ServeOptions
 from runtime.serve.worker import Full, Job, Stopped, Worker
-from runtime.text.chat import encode_chat, load_chat_template
-from runtime.text.constraint import Constraints
 from runtime.text.tokenizer import encode
 
 T = TypeVar("T")
@@ -36,8 +34,7 @@ class Service:
         if not self.classifies:
             self.scheduler = Scheduler(engine, options.slots, options.chunk, prefix_memory=options.cache << 20)
         self.slots = 1 if self.scheduler is None else self.scheduler.slots
-        self.template = load_chat_template(engine.artifact)
-        self.constraints = Constraints(engine.tokenizer, engine.graph.vocabulary, engine.end_ids)
+        self.chats = engine.chat_template is not None
         self.metrics, self.started = Metrics(), time.time()
         self.worker = Worker(self.scheduler, self.slots + options.queue, self.metrics.step.observe)
         self._limit: anyio.CapacityLimiter | None = None
@@ -55,9 +52,7 @@ class Service:
         while self.worker.count and time.monotonic() < until:
             await asyncio.sleep(0.02)
         await anyio.to_thread.run_sync(self.worker.join, 10.0)
-        self.constraints.close()
-        if self.template is not None:
-            self.template.sandbox.close()
+        self.engine.close()
 
     def drain(self) -> None:
         """Refuse new requests."""
@@ -95,8 +90,7 @@ class Service:
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any] | None = None) -> list[int]:
         """The ids of a chat's prompt. Raises `RequestError`."""
-        engine = self.engine
-        ids = encode_chat(self.template, engine.tokenizer, engine.artifact, messages, variables)
+        ids = self.engine.encode_chat(messages, variables)
         self.engine.check_prompt(ids)
         return ids
 
@@ -169,7 +163,7 @@ class Service:
             logit_bias=call.logit_bias,
             logprobs=call.logprobs,
             prompt_logprobs=prompt_logprobs,
-            constraint=None if call.grammar is None else self.constraints.start(call.grammar),
+            constraint=None if call.grammar is None else self.engine.constraints.start(call.grammar),
         )
 
     def _watch(self) -> None:

@@ -204,12 +204,12 @@ def test_a_template_that_loops_is_an_error_and_a_lack_of_one_too(artifact, tmp_p
     chat = {"messages": [{"role": "user", "content": "x"}]}
     path = make_artifact(tmp_path / "loops", model, {**texts, "chat_template.jinja": ENDLESS.encode()})
     with serving(load(path)) as served:
-        served.service.template.sandbox.seconds = 1.0
+        served.service.engine.chat_template.sandbox.seconds = 1.0
         found = served.post("/v1/chat/completions", chat)
         assert found.status_code == 400
         assert "takes more than 1 s" in found.json()["error"]["message"]
         assert served.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
-        served.service.template = None
+        served.service.engine.chat_template = None
         found = served.post("/v1/chat/completions", chat)
         assert found.status_code == 400
         assert "has no chat template" in found.json()["error"]["message"]

@@ -1,0 +1,68 @@
+"""A conversation in the terminal."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.engine import Engine
+from runtime.errors import RequestError
+from runtime.console import option
+from runtime.scheduler import Request, Scheduler
+from runtime.text.sampling import Sampling
+
+LEAVE = "/exit"
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `wm-run chat` can be told."""
+
+    system: str | None = option(None, "A system message to begin with.")
+    max_new_tokens: int = option(512, "Most tokens of an answer.")
+    temperature: float = option(0.7, "0 takes the most likely token.")
+    top_k: int = option(0, "Sample among the k most likely tokens; 0: all.")
+    top_p: float = option(1.0, "Sample among the most likely tokens that make up this share.")
+    repetition_penalty: float = option(1.0, "Above 1 discourages repetition.")
+    seed: int | None = option(None, "Makes sampling repeatable.")
+
+
+def talk(engine: Engine, options: ChatOptions) -> None:
+    """Read messages from standard input and print the answers as they come, until /exit or the end of the input.
+
+    Ctrl-C ends an answer, or the conversation while it waits for a message. A turn is computed from where the
+    conversation was. Raises `RequestError` where the artifact cannot chat.
+    """
+    sampling = Sampling(
+        options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
+    )  # fmt: skip
+    scheduler = Scheduler(engine, 1)
+    messages: list[dict[str, Any]] = []
+    if options.system is not None:
+        messages.append({"role": "system", "content": options.system})
+    engine.encode_chat([*messages, {"role": "user", "content": ""}])  # or it raises before anybody has typed
+    print(f"{LEAVE} leaves, Ctrl-C ends an answer", flush=True)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            return
+        if said.strip() == LEAVE:
+            return
+        messages.append({"role": "user", "content": said})
+        request = Request(engine.encode_chat(messages), options.max_new_tokens, sampling)
+        messages.append({"role": "assistant", "content": _answer(scheduler, request)})
+
+
+def _answer(scheduler: Scheduler, request: Request) -> str:
+    """Print what the request brings; the text as far as it has come."""
+    text, number = "", scheduler.begin(request)
+    try:
+        for event in scheduler.run():
+            if event.error is not None:
+                raise RequestError(event.error)
+            print(event.text, end="", flush=True)
+            text += event.text
+    except KeyboardInterrupt:
+        scheduler.cancel(number)
+        list(scheduler.run())
+    print(flush=True)
+    return text
