@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.console import option
 from runtime.engine import Engine
 from runtime.errors import RequestError
-from runtime.console import option
 from runtime.scheduler import Request, Scheduler
 from runtime.text.sampling import Sampling
 
@@ -18,22 +18,14 @@ class ChatOptions:
 
     system: str | None = option(None, "A system message to begin with.")
     max_new_tokens: int = option(512, "Most tokens of an answer.")
-    temperature: float = option(0.7, "0 takes the most likely token.")
-    top_k: int = option(0, "Sample among the k most likely tokens; 0: all.")
-    top_p: float = option(1.0, "Sample among the most likely tokens that make up this share.")
-    repetition_penalty: float = option(1.0, "Above 1 discourages repetition.")
-    seed: int | None = option(None, "Makes sampling repeatable.")
 
 
-def talk(engine: Engine, options: ChatOptions) -> None:
+def talk(engine: Engine, options: ChatOptions, sampling: Sampling) -> None:
     """Read messages from standard input and print the answers as they come, until /exit or the end of the input.
 
     Ctrl-C ends an answer, or the conversation while it waits for a message. A turn is computed from where the
     conversation was. Raises `RequestError` where the artifact cannot chat.
     """
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.seed
-    )  # fmt: skip
     scheduler = Scheduler(engine, 1)
     messages: list[dict[str, Any]] = []
     if options.system is not None:

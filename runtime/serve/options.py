@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.errors import RequestError
 from runtime.console import option
+from runtime.errors import RequestError
 
 PACKAGES = ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn")  # of the extra `serve`
 
