@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 
 import pytest
 from selenium import webdriver
@@ -11,6 +12,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from runtime import load
+from runtime.scheduler import Scheduler
 from test_serve.conftest import VERDICT, serving
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -34,6 +36,18 @@ def page(browser, served):
     browser.get(served.url)
     until(browser, lambda: text(browser, "name") == "doge-3m")
     return browser
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Steps take a hundredth of a second: whatever the machine, there is time to see text come and to stop it."""
+    step = Scheduler.step
+
+    def slow(scheduler):
+        time.sleep(0.01)
+        return step(scheduler)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
 
 
 def until(browser, condition, seconds=30):
@@ -70,7 +84,7 @@ def test_a_prompt_is_continued_as_the_api_does(page, client):
     assert "ended by length" in text(page, "end")
 
 
-def test_tokens_appear_one_after_the_other_and_stop_ends_them(page, served):
+def test_tokens_appear_one_after_the_other_and_stop_ends_them(page, served, slowly):
     enter(page, "max_tokens", "5000")
     enter(page, "temperature", "1")
     enter(page, "prompt", "import ")
@@ -116,7 +130,7 @@ def test_an_error_is_shown_and_goes_away(page):
     assert not find(page, "problem").is_displayed()
 
 
-def test_the_figures_move_while_text_is_written(page, served):
+def test_the_figures_move_while_text_is_written(page, served, slowly):
     enter(page, "max_tokens", "450")
     enter(page, "prompt", "x")
     find(page, "send").click()

@@ -61,8 +61,9 @@ with open_artifact(Path(sys.argv[1]), budget=Budget(1 << 41)) as artifact:
         time.sleep(60)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, timeout=100, check=False
-    )
+        [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, timeout=100, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the tests themselves ignore it
+    )  # fmt: skip
     assert done.returncode == -signal.SIGINT
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
 
