@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -12,14 +13,16 @@ from typing import Any
 
 from runtime.errors import RequestError
 
-SECONDS = 5.0  # for one job, the child's start included
+SECONDS = 5.0  # of CPU time for one job
+PATIENCE = 60.0  # seconds to wait for the child beyond that: a busy machine delays it
 CHILD = Path(__file__).with_name("child.py")
 
 
 class Sandbox:
-    """A child process that does one kind of job. It starts with the first job and is killed when one takes too long.
+    """A child process that does one kind of job. It starts with the first job, and ends when one takes too long.
 
-    `job` is a module beside this file; `what` begins the messages. Threads share it: they wait for one another.
+    `job` is a module beside this file; `what` begins the messages; `seconds` of CPU time are what one job may take.
+    Threads share it: they wait for one another.
     """
 
     def __init__(self, job: str, what: str, seconds: float = SECONDS):
@@ -32,13 +35,19 @@ class Sandbox:
 
         Raises TypeError for arguments that JSON cannot hold.
         """
-        order = json.dumps(arguments).encode() + b"\n"
+        order = json.dumps({"seconds": self.seconds, "arguments": arguments}).encode() + b"\n"
         with self._lock:
             try:
                 answer = json.loads(self._exchange(order))
-            except (OSError, EOFError) as error:
+            except OSError as error:
                 self.close()
-                raise RequestError(f"{self.what} {error}") from error
+                raise RequestError(f"{self.what} has no process to run in: {error}") from error
+            except EOFError as error:
+                assert self._process is not None
+                late = self._process.wait() == -signal.SIGPROF
+                self.close()
+                why = f"takes more than {self.seconds:g} s" if late else "takes too much memory, or ended its process"
+                raise RequestError(f"{self.what} {why}") from error
         if "error" in answer:
             raise RequestError(f"{self.what} fails: {' '.join(answer['error'].split())}")
         return answer["text"]
@@ -51,24 +60,15 @@ class Sandbox:
             process.communicate()
 
     def _exchange(self, order: bytes) -> bytes:
-        until = time.monotonic() + self.seconds
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
-        entry, answers = self._process.stdin, self._process.stdout
+            _line(self._process, PATIENCE)
+        entry = self._process.stdin
         assert entry is not None
-        assert answers is not None
         left = memoryview(order)
         while left:
             left = left[entry.write(left) :]
-        parts: list[bytes] = []
-        while not (parts and parts[-1].endswith(b"\n")):
-            if not select.select([answers], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError(f"takes more than {self.seconds:g} s")
-            part = os.read(answers.fileno(), 1 << 16)
-            if not part:
-                raise EOFError("takes more memory than it may, or ended its process")
-            parts.append(part)
-        return b"".join(parts)
+        return _line(self._process, self.seconds + PATIENCE)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
@@ -78,3 +78,18 @@ class Sandbox:
             stderr=subprocess.DEVNULL,
             bufsize=0,
         )
+
+
+def _line(process: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """The next line that the process writes. Raises TimeoutError, or EOFError where it ends first."""
+    answers, until = process.stdout, time.monotonic() + seconds
+    assert answers is not None
+    parts: list[bytes] = []
+    while not (parts and parts[-1].endswith(b"\n")):
+        if not select.select([answers], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise TimeoutError(f"no answer after {seconds:g} s")
+        part = os.read(answers.fileno(), 1 << 16)
+        if not part:
+            raise EOFError
+        parts.append(part)
+    return b"".join(parts)
