@@ -64,11 +64,11 @@ class StepGraph(nn.Module):
     The model's layers are replaced by their forms: it is used up.
     """
 
-    def __init__(self, model: DecoderWithHead, all_logits: bool, evicts: bool):
+    def __init__(self, model: DecoderWithHead, all_logits: bool, options: FormOptions):
         super().__init__()
-        self.model, self.all_logits, self.evicts = model, all_logits, evicts
+        self.model, self.all_logits, self.evicts = model, all_logits, options.evicts
         self.kinds: list[Any] = [type(cache) for cache in model.new_caches(1, 1)]  # NamedTuples
-        replace_layers(model, FormOptions(evicts))
+        replace_layers(model, options)
 
     def forward(
         self,
@@ -115,7 +115,9 @@ def lower(
     classifier's number of labels, and the states.
     """
     evicts, max_length = window is not None, window.rows if window else max_length
-    graph = StepGraph(model, all_logits, evicts).eval()
+    selects = max_length > model.config.keep_window_size or model.config.dynamic_mask_ratio > 0
+    options = FormOptions(evicts, selects)
+    graph = StepGraph(model, all_logits, options).eval()
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
     names = state_names(caches)

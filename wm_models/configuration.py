@@ -90,6 +90,17 @@ class DogeConfig(transformers.DogeConfig):
         return self.num_bias_heads or self.key_value_heads
 
     @property
+    def longest_sequence(self) -> int:
+        """The tokens of the longest sequence that the model's RoPE allows."""
+        length, rope = self.max_position_embeddings, self.rope
+        return int(length * rope["factor"]) if rope["rope_type"] == "dynamic" else length
+
+    @property
+    def selects_keys(self) -> bool:
+        """Whether a sequence can be so long that keys are left out by their biases."""
+        return self.keep_window_size < self.longest_sequence or self.dynamic_mask_ratio > 0
+
+    @property
     def experts_per_head(self) -> int:
         """k, the experts that one head of the router chooses for a token."""
         return self.num_experts_per_tok // self.num_expert_heads

@@ -9,27 +9,37 @@ from torch.nn import functional as F
 
 from export.forms.options import FormOptions
 from export.forms.projection import HeadProjection, fixed
-from wm_models.layers.attention import DMAttention
+from wm_models.layers.attention import AttentionCache, DMAttention, compose
 
 
 class AttentionProjection(HeadProjection):
     """Query, key and value as one product, and dt as another, over x.
 
     dt is linear in the value and the value in x, so dt's weight on x is the product of two weights, taken in float64.
-    Each of its rows is there `repeat` times.
+    Each of its rows is there `repeat` times. With `exact` it stays float64, as in `DMAttention.project_dt`.
     """
 
-    def __init__(self, attention: DMAttention, repeat: int):
-        value, dt = attention.v_proj, attention.dt_proj
-        super().__init__((attention.q_proj, attention.k_proj, value), attention.head_size)
-        self.dt_weight = fixed((dt.weight.double() @ value.weight.double()).repeat_interleave(repeat, 0), dt.weight)
-        self.dt_bias = None
-        if dt.bias is not None:
-            bias = dt.bias.double() + dt.weight.double() @ value.bias.double()
-            self.dt_bias = fixed(bias.repeat_interleave(repeat), dt.bias)
+    def __init__(self, attention: DMAttention, repeat: int, exact: bool):
+        super().__init__((attention.q_proj, attention.k_proj, attention.v_proj), attention.head_size)
+        weight, bias = compose(attention.v_proj, attention.dt_proj)
+        dtype = torch.float64 if exact else attention.dt_proj.weight.dtype
+        self.dt_weight = fixed(weight.repeat_interleave(repeat, 0).to(dtype))
+        self.dt_bias = None if bias is None else fixed(bias.repeat_interleave(repeat).to(dtype))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return *super().forward(x), F.linear(x, self.dt_weight, self.dt_bias)
+        return *super().forward(x), F.linear(x.to(self.dt_weight.dtype), self.dt_weight, self.dt_bias)
+
+
+class PowerBias(nn.Module):
+    """`KeyBias` in float64, as (1 + exp(dt)) ** A: ONNX Runtime has no Softplus of that."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """dt (B, S, Hm), A (Hm), both float64 -> (B, Hm, S), rounded to the model's dtype."""
+        return torch.pow(1.0 + torch.exp(dt), A).to(self.dtype).transpose(1, 2)
 
 
 class AttentionForm(DMAttention):
@@ -45,6 +55,7 @@ class AttentionForm(DMAttention):
         self.layer, self.head_size = attention.layer, attention.head_size
         self.key_value_heads = attention.key_value_heads
         self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
+        self.key_bias = PowerBias(attention.A.dtype) if options.selects else attention.key_bias
         self.scale = 1.0
         with torch.no_grad():
             norm = self.q_norm
@@ -53,8 +64,13 @@ class AttentionForm(DMAttention):
                 weight.copy_(weight.double() * attention.scale)
             heads, rows = attention.q_proj.out_features // self.head_size, attention.A.shape[0]
             repeat = 1 if options.evicts else heads // rows
-            self.fused = AttentionProjection(attention, repeat)
-            self.A = fixed(attention.A.repeat_interleave(repeat))
+            self.fused = AttentionProjection(attention, repeat, options.selects)
+            A = attention.A.double() if options.selects else attention.A
+            self.A = fixed(A.repeat_interleave(repeat))
+
+    def new_cache(self, batch: int, capacity: int) -> AttentionCache:
+        """In the model's dtype, which is not A's where the bias is computed in float64."""
+        return AttentionCache(*(state.to(self.fused.weight.dtype) for state in super().new_cache(batch, capacity)))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.fused(x)

@@ -29,6 +29,6 @@ class HeadProjection(nn.Module):
         return heads.split(self.heads, dim=1)
 
 
-def fixed(value: torch.Tensor, like: torch.Tensor | None = None) -> nn.Parameter:
-    """A parameter without a gradient, in the dtype of `like`."""
-    return nn.Parameter(value if like is None else value.to(like.dtype), requires_grad=False)
+def fixed(value: torch.Tensor) -> nn.Parameter:
+    """A parameter without a gradient."""
+    return nn.Parameter(value, requires_grad=False)

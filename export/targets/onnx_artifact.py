@@ -163,10 +163,7 @@ def _exact(contract: Graph) -> Graph:
 
 def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
     """`max_length`, by default all that RoPE allows. Raises `ExportError` beyond that."""
-    rope = model.config.rope
-    limit = model.config.max_position_embeddings
-    if rope["rope_type"] == "dynamic":
-        limit = int(limit * rope["factor"])
+    rope, limit = model.config.rope, model.config.longest_sequence
     length = limit if max_length is None else max_length
     if not 2 <= length <= limit:
         raise ExportError(f"--max-length is {length}; this model's RoPE ({rope['rope_type']}) allows 2 to {limit}")

@@ -21,6 +21,7 @@ from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
 from export.rewrites.fixed_capacity import fix_capacity
 from export.rewrites.names import MODULE
+from export.rewrites.narrow_float64 import narrow_float64
 from export.rewrites.next_ids import add_next_ids
 from export.rewrites.rotary_positions import separate_rotary_positions
 from export.targets.base import Draft, Table, Target, write_verified
@@ -160,6 +161,7 @@ def _targets(builder: str, capabilities: Sequence[str]) -> list[str]:
 
 def prepare_for_tensorrt(model: ir.Model, graph: Graph, capacity: int) -> None:
     """Rewrite the portable graph, in place, for an engine of one capacity. Its rows are the graph's for it."""
+    narrow_float64(model)
     rows = graph.rows(capacity)
     fix_capacity(model.graph, rows, [state.input for state in graph.states if "capacity" in state.shape])
     separate_rotary_positions(model.graph, rows)

@@ -15,13 +15,15 @@ REPEATED = 4096  # tokens of a case at most that is repeated
 class Case:
     """One run of the engine: a prompt of `prompts[b]` tokens for slot b, then decode steps.
 
-    A slot whose `idle` divides the step's number (from 1) sits that step out; 0 never does.
+    A slot whose `idle` divides the step's number (from 1) sits that step out; 0 never does. With `repeats` tokens come
+    again and again, as in text: which of the keys with equal biases are kept then shows in the logits.
     """
 
     name: str
     prompts: tuple[int, ...]
     steps: int
     idle: tuple[int, ...]
+    repeats: bool = False
 
 
 def plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
@@ -33,6 +35,9 @@ def plan(max_length: int, max_batch: int, rows: int) -> list[Case]:
     if rows < longest:
         lengths.append(min(rows + 32, longest))
     cases = [Case(f"prompt {length}, {steps} steps", (length,), steps, (0,)) for length in lengths]
+    if rows < longest:
+        length = lengths[-1]
+        cases.append(Case(f"repeated tokens, prompt {length}, {steps} steps", (length,), steps, (0,), repeats=True))
     if max_length > 320:  # across a capacity bucket
         cases.append(Case("prompt 240, 32 steps over a bucket's end", (240,), 32, (0,)))
     if max_batch > 1:
@@ -65,12 +70,14 @@ def repeated(case: Case, max_batch: int) -> Case:
     return replace(case, name=name, prompts=case.prompts * times, idle=case.idle * times)
 
 
-def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int) -> np.ndarray:
-    """Random tokens (length,), no two equal where the vocabulary has as many.
+def _draw_tokens(draw: np.random.Generator, vocabulary: int, length: int, repeats: bool) -> np.ndarray:
+    """Random tokens (length,): by Zipf's law where they are to repeat, the n-th of them n times as rare as the first.
 
-    Equal tokens have equal biases in the first layer. Which of them a selection keeps would turn on the last bit, and
-    that is not the same in products of one row and of many.
+    Else no two are equal where the vocabulary has as many.
     """
+    if repeats:
+        shares = 1 / np.arange(1, vocabulary + 1)
+        return draw.permutation(vocabulary)[draw.choice(vocabulary, length, p=shares / shares.sum())]
     if length <= vocabulary:
         return draw.permutation(vocabulary)[:length]
     return draw.integers(0, vocabulary, length)
@@ -80,5 +87,5 @@ def draw_sequences(case: Case, draw: np.random.Generator, vocabulary: int, text:
     """What each slot of a case reads: random ids, or pieces of `text` (rows, S)."""
     lengths = [length + case.steps for length in case.prompts]
     if text is None:
-        return [_draw_tokens(draw, vocabulary, length) for length in lengths]
+        return [_draw_tokens(draw, vocabulary, length, case.repeats) for length in lengths]
     return [np.resize(np.roll(text, -draw.integers(text.size)), length) for length in lengths]

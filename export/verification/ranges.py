@@ -51,13 +51,13 @@ def watched_biases(model: nn.Module) -> Iterator[dict[str, BiasRange]]:
     hooks = []
 
     def watch(name: str, layer: DMAttention) -> None:
-        def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], dt: torch.Tensor) -> None:
-            softplus = F.softplus(dt.float())
+        def look(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor) -> None:
+            softplus = F.softplus(inputs[0].float())
             found = seen.setdefault(name, BiasRange())
             found.softplus = max(found.softplus, float(softplus.max()))
             found.exponent = max(found.exponent, float((layer.A.float() * softplus).max()))
 
-        hooks.append(layer.dt_proj.register_forward_hook(look))
+        hooks.append(layer.key_bias.register_forward_hook(look))
 
     for name, module in model.named_modules():
         if isinstance(module, DMAttention):

@@ -80,17 +80,18 @@ def keys_not_rotated(m: Mutable) -> None:
 
 
 def bias_dropped(m: Mutable) -> None:
-    for node in m.nodes("Exp"):
-        m.put_after(node, "Mul", m.constant(np.float32(0.0)))
+    for node in m.nodes("Pow"):
+        m.put_after(node, "Mul", m.constant(np.float64(0.0)))
 
 
 def bias_dropped_in_one_layer(m: Mutable) -> None:
-    m.put_after(m.nodes("Exp")[-1], "Mul", m.constant(np.float32(0.0)))
+    m.put_after(m.nodes("Pow")[-1], "Mul", m.constant(np.float64(0.0)))
 
 
 def bias_without_softplus(m: Mutable) -> None:
-    for node in m.nodes("Softplus"):
-        node.op_type = "Relu"
+    """(1 + exp(dt)) ** A without the 1 is exp(A · dt)."""
+    for node in m.nodes("Pow"):
+        node.input[0] = next(add for add in m.nodes("Add") if add.output[0] == node.input[0]).input[0]
 
 
 def _visible(m: Mutable) -> onnx.NodeProto:
@@ -177,6 +178,12 @@ def selection_keeps_one_less(m: Mutable) -> None:
     _change_number(m, KEEP, KEEP - 1)
 
 
+def selection_keeps_the_earliest_of_equals(m: Mutable) -> None:
+    """Ties are counted from the end, so the later of them are left out."""
+    for node in m.nodes("CumSum"):
+        next(attribute for attribute in node.attribute if attribute.name == "reverse").i = 1
+
+
 def scale_of_another_head_size(m: Mutable) -> None:
     for node in m.nodes("Attention"):
         for attribute in node.attribute:
@@ -242,6 +249,7 @@ MUTANTS: list[Callable[[Mutable], None]] = [
     bias_heads_repeated_wrongly,
     selection_keeps_one_more,
     selection_keeps_one_less,
+    selection_keeps_the_earliest_of_equals,
     scale_of_another_head_size,
     slots_take_the_first_slot_s_length,
     logits_of_the_token_before_the_last,

@@ -25,6 +25,22 @@ class AttentionCache(NamedTuple):
     bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
 
 
+class KeyBias(nn.Module):
+    """The keys' biases, exp(A · softplus(dt))."""
+
+    def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """dt (B, S, Hm), A (Hm) -> (B, Hm, S): computed in dt's dtype, rounded to A's."""
+        return torch.exp(A.to(dt.dtype) * F.softplus(dt)).to(A.dtype).transpose(1, 2)
+
+
+def compose(first: nn.Linear, second: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the linear layer that is `second` after `first`, in float64."""
+    weight = second.weight.double() @ first.weight.double()
+    if second.bias is None:
+        return weight, None
+    return weight, second.bias.double() + second.weight.double() @ first.bias.double()
+
+
 class DMAttention(nn.Module):
     """One attention layer: (B, S, D) -> (B, S, D); positions and caches are the context's."""
 
@@ -37,6 +53,7 @@ class DMAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.A = nn.Parameter(torch.zeros(config.bias_heads))
+        self.key_bias, self.selects = KeyBias(), config.selects_keys
         self.dt_proj = nn.Linear(narrow, config.bias_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         self.q_norm, self.k_norm = (
@@ -54,10 +71,28 @@ class DMAttention(nn.Module):
         return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm)."""
+        """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm), see `project_dt`."""
         value = self.v_proj(x)
         query, key = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
-        return query, key, self.heads(value), self.dt_proj(value)
+        return query, key, self.heads(value), self.project_dt(x, value)
+
+    def project_dt(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """dt (B, S, Hm), from the layer's input x (B, S, D) or from its values (B, S, K·d), which are linear in x.
+
+        Where keys are selected by their biases, equal tokens must have equal biases in the first layer, or which of
+        them is kept would depend on the last bit, and that on how many rows a product has. So there dt and the bias
+        are computed in float64, from x: once rounded to the model's dtype they are equal but for one pair in about
+        2^29. Deeper layers need no more: there equal tokens have unequal inputs. The exception is a run of one token at
+        the beginning of a sequence, whose keys are equal up to rounding in every layer.
+
+        An adapter or another layer in the place of a projection is applied as it is, to the values; then equal tokens
+        may differ in the last bit.
+        """
+        if not self.selects:
+            return self.dt_proj(value)
+        if type(self.v_proj) is not nn.Linear or type(self.dt_proj) is not nn.Linear:
+            return self.dt_proj(value).double()
+        return F.linear(x.double(), *compose(self.v_proj, self.dt_proj))
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, heads·d) -> (B, heads, S, d)."""
@@ -66,7 +101,7 @@ class DMAttention(nn.Module):
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         query, key, value, dt = self.project(x)
         query, key = context.rotate(self.q_norm(query)), context.rotate(self.k_norm(key))
-        bias = torch.exp(self.A * F.softplus(dt)).transpose(1, 2)
+        bias = self.key_bias(dt, self.A)
         y = context.attend(self.layer, query, key, value, bias, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 

@@ -1,0 +1,151 @@
+"""Beyond the keep window a sequence of repeated tokens has one answer, however it is computed.
+
+Equal tokens have equal biases in the first layer, so the selection meets ties all the time: as in text.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, ours, randomise, rival
+from test_export.conftest import lowered
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from runtime import load
+from wm_models import DogeConfig, DogeForCausalLM, shipped_checkpoint
+
+TIMES = 16  # keep windows in the longest sequence
+
+
+def small(keep: int, seed: int = 0, **changes: object) -> DogeForCausalLM:
+    model = DogeForCausalLM(DogeConfig(**{**SMALL, "keep_window_size": keep, "eos_token_id": None, **changes})).eval()
+    randomise(model, seed)
+    return model
+
+
+def zipf(length: int, seed: int = 0) -> torch.Tensor:
+    """(1, length): the n-th commonest token is n times as rare as the commonest.
+
+    The first two differ. Of a run at the very beginning every query sees one value only, so that its keys are equal up
+    to rounding in later layers too; which of those is kept may turn on the last bit.
+    """
+    shares = 1 / np.arange(1, SMALL["vocab_size"] + 1)
+    draw = np.random.default_rng(seed).choice(SMALL["vocab_size"], (1, length), p=shares / shares.sum())
+    draw[0, 1] = (draw[0, 0] + 1) % SMALL["vocab_size"]
+    return torch.from_numpy(draw)
+
+
+def pieces(length: int, first: int) -> list[int]:
+    """`length` tokens as a prompt of `first`, 20 single steps, and pieces of 13."""
+    done = first + 20
+    return [first, *[1] * 20, *[min(13, length - at) for at in range(done, length, 13)]]
+
+
+def in_pieces(model: DogeForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits (S, V) of one sequence by transformers' cache, in pieces of these sizes."""
+    cache, done, found = DynamicCache(config=model.config), 0, []
+    for size in sizes:
+        found.append(model(ids[:, done : done + size], cache=cache, use_cache=True).logits[0])
+        done += size
+    return torch.cat(found)
+
+
+def by_steps(model: DogeForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The same by `step` over static caches."""
+    caches, held, found = model.new_caches(1, ids.shape[1]), torch.zeros(1, dtype=torch.long), []
+    for size in sizes:
+        piece = ids[:, int(held) : int(held) + size]
+        logits, caches = model.step(piece, held, torch.tensor([size]), caches, all_logits=True)
+        found.append(logits[0])
+        held = held + size
+    return torch.cat(found)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("keep", "times"), [(24, 2), (24, TIMES), (8, TIMES)])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True}, {"num_bias_heads": 4}, {"sliding_window": 40}], ids=str
+)
+def test_any_pieces_are_the_full_pass(keep, times, changes):
+    model = small(keep, **changes)
+    ids = zipf(times * keep)
+    full = model(ids).logits[0]
+    for first in (1, keep - 1, times * keep // 2 - 3):
+        sizes = pieces(times * keep, first)
+        assert_same(in_pieces(model, ids, sizes), full)
+        assert_same(by_steps(model, ids, sizes), full)
+
+
+@torch.no_grad()
+def test_training_form_and_gradients_are_those_of_the_plain_product():
+    """The product of two weights and the two products, one after the other, differ by rounding alone."""
+    model, plain = small(24).double(), small(24).double()
+    for layer in plain.model.layers:
+        layer.self_attn.selects = False
+    ids = zipf(100)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-10)
+    with torch.enable_grad():
+        for each in (model, plain):
+            each(ids, labels=ids).loss.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_distinct_tokens_are_transformers():
+    """As ever: where biases differ, the keys kept are those that transformers' top-k names."""
+    theirs = rival(keep_window_size=24)
+    ids = torch.randperm(SMALL["vocab_size"], generator=torch.Generator().manual_seed(3))[None, :150]
+    expected = theirs(ids).logits
+    assert (ours(theirs)(ids).logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def engine_logits(path: Path, ids: torch.Tensor, first: int) -> np.ndarray:
+    """(S - first + 1, V): a prompt of `first` tokens, then steps."""
+    engine = load(path, threads=1)
+    found = [engine.prefill(ids[:, :first].numpy())]
+    found += [engine.decode([token]) for token in ids[0, first:].tolist()]
+    return np.concatenate(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("keep", "spare"), [(16, 12), (40, 600)], ids=["rows are evicted", "every row stays"])
+def test_the_engine_is_the_full_pass(keep, spare, tmp_path):
+    model, length = small(keep), TIMES * 16
+    ids = zipf(length)
+    expected = model(ids).logits[0].numpy()
+    path = lowered(tmp_path / "artifact", model, max_batch=1, max_length=length, spare=spare).path
+    for first in (1, 37, 100):
+        found = engine_logits(path, ids, first)
+        np.testing.assert_allclose(found, expected[first - 1 :], rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+@pytest.fixture(scope="module")
+def source_text() -> torch.Tensor:
+    """(1, 1024) ids of the standard library's own source."""
+    path = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shipped_checkpoint())
+    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    return ids[:, 1000:2024]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_source_text(source_text, dtype, tmp_path):
+    """The shipped model with a window of 64 on real text of sixteen windows: cached, stepped and exported."""
+    model = DogeForCausalLM.from_pretrained(shipped_checkpoint(), keep_window_size=64, dtype=torch.float32).eval()
+    full = model(source_text).logits[0]
+    if dtype == "fp32":
+        assert_same(in_pieces(model, source_text, [37, *pieces(987, 400)]), full)
+    path = lowered(tmp_path / "artifact", model, dtype=dtype, max_batch=1, max_length=1024, spare=64).path
+    found = torch.from_numpy(engine_logits(path, source_text, 300))
+    if dtype == "fp32":
+        assert_same(found, full[299:])
+    expected, got = full[299:].double().log_softmax(-1), found.double().log_softmax(-1)
+    assert (expected.exp() * (expected - got)).sum(-1).mean() <= {"fp32": 1e-9, "bf16": 1e-3}[dtype]
