@@ -29,7 +29,7 @@ def narrow_float64(model: ir.Model) -> ir.Model:
             if value.uses():
                 _initialize(value, _numbers(value).astype(np.float32))
             else:
-                graph.initializers.pop(value.name)
+                graph.initializers.pop(value.name or "")
     for node in graph:
         for value in node.outputs:
             if value.dtype == ir.DataType.DOUBLE:
@@ -55,7 +55,7 @@ def _multiply_and_sum(graph: ir.Graph, product: ir.Node) -> None:
     """x (B, S, D) times a constant (D, Hm) as Σ over D of (B, S, 1, D) · (Hm, D)."""
     x, weight = product.inputs
     assert weight is not None
-    turned = _constant(graph, f"{product.name}.weight", np.ascontiguousarray(_numbers(weight).T.astype(np.float32)))
+    turned = _constant(graph, f"{product.name}.transposed", np.ascontiguousarray(_numbers(weight).T.astype(np.float32)))
     before_last = _constant(graph, f"{product.name}.axis", np.array([-2], np.int64))
     last = _constant(graph, f"{product.name}.last", np.array([-1], np.int64))
     wide = ir.node("Unsqueeze", [x, before_last], name=f"{product.name}.wide")

@@ -105,6 +105,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
     artifact = made(family, dtype)
     capacity = artifact.graph.rows(48)
     model = ir.load(artifact.path / artifact.graph.file)
+    narrowed = any(value.dtype == ir.DataType.DOUBLE for value in model.graph.initializers.values())
     engines.prepare_for_tensorrt(model, artifact.graph, 48)
     rewritten = artifact.path / "rewritten.onnx"
     rewritten.write_bytes(ir.serde.serialize_model(model).SerializeToString())
@@ -113,6 +114,8 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
     names = [output.name for output in sessions[0].get_outputs()]
     draw = np.random.default_rng(0)
     kind = np.float32 if dtype == "fp32" else np.float16
+    # where keys are selected, biases are in float64, which TensorRT has not
+    rounding = 2e-5 if narrowed and dtype == "fp32" else 0.0
     held = [{s.input: np.zeros(s.sized(3, capacity), kind) for s in artifact.graph.states} for _ in sessions]
     for lengths, new in (([0, 0, 0], [30, 4, 17]), ([30, 4, 17], [1, 0, 1])):
         ids = draw.integers(0, 211, (3, max(new)))
@@ -121,7 +124,7 @@ def test_the_rewritten_graph_computes_the_same(made, tmp_path, family, dtype):
         portable = sessions[0].run(names, {**step, **held[0]})
         fit = sessions[1].run([*names, NEXT_IDS], {**step, **held[1]})
         for expected, found in zip(portable, fit, strict=False):
-            np.testing.assert_array_equal(expected, found)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=rounding)
         np.testing.assert_array_equal(fit[-1], portable[0].argmax(-1))
         held = [
             {n.removesuffix(".out"): v for n, v in zip(names[1:], r[1 : len(names)], strict=True)}

@@ -136,16 +136,10 @@ def source_text() -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_source_text(source_text, dtype, tmp_path):
+def test_source_text(source_text, tmp_path):
     """The shipped model with a window of 64 on real text of sixteen windows: cached, stepped and exported."""
     model = DogeForCausalLM.from_pretrained(shipped_checkpoint(), keep_window_size=64, dtype=torch.float32).eval()
     full = model(source_text).logits[0]
-    if dtype == "fp32":
-        assert_same(in_pieces(model, source_text, [37, *pieces(987, 400)]), full)
-    path = lowered(tmp_path / "artifact", model, dtype=dtype, max_batch=1, max_length=1024, spare=64).path
-    found = torch.from_numpy(engine_logits(path, source_text, 300))
-    if dtype == "fp32":
-        assert_same(found, full[299:])
-    expected, got = full[299:].double().log_softmax(-1), found.double().log_softmax(-1)
-    assert (expected.exp() * (expected - got)).sum(-1).mean() <= {"fp32": 1e-9, "bf16": 1e-3}[dtype]
+    assert_same(in_pieces(model, source_text, [37, *pieces(987, 400)]), full)
+    path = lowered(tmp_path / "artifact", model, max_batch=1, max_length=1024, spare=64).path
+    assert_same(torch.from_numpy(engine_logits(path, source_text, 300)), full[299:])
