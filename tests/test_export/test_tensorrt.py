@@ -242,7 +242,7 @@ def test_a_refused_node_is_named(made, tmp_path, monkeypatch):
         node.op_type = "StringSplit"
 
     monkeypatch.setattr(engines, "prepare_for_tensorrt", spoil)
-    words = r"refuses.*layers\.0\.self_attn\.softplus of model\.layers\.0\.self_attn.*StringSplit"
+    words = r"refuses.*layers\.0\.self_attn\.key_bias\.softplus of model\.layers\.0\.self_attn\.key_bias.*StringSplit"
     with pytest.raises(ExportError, match=words):
         build_tensorrt(made("dense", "fp32").path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert not list(tmp_path.iterdir())
