@@ -26,9 +26,9 @@ class EvaluateOptions:
             raise RequestError("expected --tasks NAME, once or more")
         if self.include is not None and not self.include.is_dir():
             raise RequestError(f"--include is {self.include}; expected a folder of task files")
-        for name, value in (("--limit", self.limit), ("--few-shot", self.few_shot)):
-            if value is not None and value < (1 if name == "--limit" else 0):
-                raise RequestError(f"{name} is {value}; expected more")
+        for name, value, least in (("--limit", self.limit, 1), ("--few-shot", self.few_shot, 0)):
+            if value is not None and value < least:
+                raise RequestError(f"{name} is {value}; expected {least} or more")
 
 
 def evaluate(engine: Engine, options: EvaluateOptions) -> dict[str, dict[str, Any]]:
