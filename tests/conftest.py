@@ -1,6 +1,9 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +57,15 @@ def ours(model: transformers.PreTrainedModel, **config: object) -> DogeForCausal
     copy = getattr(wm_models, type(model).__name__)(wm_models.DogeConfig(**fields)).eval()
     copy.load_state_dict(model.state_dict())
     return copy
+
+
+@pytest.fixture(autouse=True)
+def process_as_found() -> Iterator[None]:
+    """No test, and so no call of this project, leaves denormals off in the caller's thread or a logger disabled."""
+    yield
+    assert sys.float_info.min / 2 > 0, "denormals are taken for zero in this thread"
+    disabled = [name for name in ("wm_models", "export", "runtime") if logging.getLogger(name).disabled]
+    assert not disabled, f"loggers are disabled: {disabled}"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from export.clients.base import ClientSession
 from runtime import ArtifactError
 from runtime.artifact.manifest import Graph
 from runtime.backends.arrays import argmax_ids
+from runtime.host.denormals import flushed_denormals
 
 CLIENT = "onnxruntime_genai"
 CONFIG = "genai_config.json"
@@ -124,7 +125,8 @@ class GenaiSession(ClientSession):
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            with flushed_denormals():  # genai's first session would leave them off in the caller's thread
+                return function(*arguments)
         except Exception as error:  # genai's exceptions share no narrower base
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"{self.directory}: onnxruntime-genai refuses it: {reason}") from error
