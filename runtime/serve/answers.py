@@ -9,7 +9,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from runtime.errors import RequestError
 from runtime.scheduling.request import Event, Logprob
+from runtime.serve.errors import ApiError
+from runtime.text.tokenizer import decode
 
 DONE = b"data: [DONE]\n\n"
 
@@ -97,8 +100,13 @@ class Answer:
         return {**self._head(self.chunk_kind), "choices": [choice]}
 
     def spelt(self, token: int) -> str:
-        """A token's text by itself; its id where there is no tokenizer."""
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token], skip_special_tokens=False)
+        """A token's text alone; its id where there is no tokenizer. Raises `ApiError` where it cannot be written."""
+        if self.tokenizer is None:
+            return str(token)
+        try:
+            return decode(self.tokenizer, [token], special=True)
+        except RequestError as error:
+            raise ApiError(500, str(error)) from error
 
 
 class CompletionAnswer(Answer):

@@ -26,6 +26,7 @@ from runtime.serve.options import ServeOptions
 from runtime.serve.service import Service
 from runtime.serve.streams import respond, until_gone
 from runtime.text.labels import label_scores
+from runtime.text.tokenizer import decode
 
 PAGE = Path(__file__).with_name("page.html")
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -156,10 +157,7 @@ async def _completions(service: Service, request: Request) -> Response:
     tokenizer = service.engine.tokenizer
     echoes = None
     if made.echo:
-        echoes = [
-            prompt if isinstance(prompt, str) else "" if tokenizer is None else tokenizer.decode(prompt)
-            for prompt in made.prompts
-        ]
+        echoes = await service.apart(service.echoes, made.prompts)
     answer = CompletionAnswer(service.name, tokenizer, call.logprobs, echoes, ids)
     return await respond(service, request.receive, call, requests, answer)
 
@@ -232,4 +230,4 @@ async def _detokenize(service: Service, request: Request) -> Response:
     tokenizer = service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(400, f"{service.name}: has no tokenizer")
-    return JSONResponse({"prompt": tokenizer.decode(tokens, skip_special_tokens=False)})
+    return JSONResponse({"prompt": await service.apart(partial(decode, tokenizer, tokens, special=True))})

@@ -17,7 +17,7 @@ from runtime.serve.errors import ApiError, busy, stopping
 from runtime.serve.metrics import Metrics
 from runtime.serve.options import ServeOptions
 from runtime.serve.worker import Full, Job, Stopped, Worker
-from runtime.text.tokenizer import encode
+from runtime.text.tokenizer import decode, encode
 
 T = TypeVar("T")
 THREADS = 2  # that encode prompts, render templates and compile grammars beside the engine's
@@ -93,6 +93,14 @@ class Service:
         ids = self.engine.encode_chat(messages, variables)
         self.engine.check_prompt(ids)
         return ids
+
+    def echoes(self, prompts: Sequence[str | list[int]]) -> list[str]:
+        """The texts of prompts; of ids "" where there is no tokenizer. Raises `RequestError`."""
+        tokenizer = self.engine.tokenizer
+        return [
+            prompt if isinstance(prompt, str) else "" if tokenizer is None else decode(tokenizer, prompt)
+            for prompt in prompts
+        ]
 
     def requests(self, call: Call, prompts: Sequence[list[int]], prompt_logprobs: bool = False) -> list[Request]:
         """A request for each choice of each prompt; with a seed, each has the next one. Raises `RequestError`."""

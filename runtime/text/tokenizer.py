@@ -52,10 +52,14 @@ def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list
     )
 
 
-def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids. Raises `RequestError` where the tokenizer cannot write it."""
+def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of ids, with that of special tokens where `special` is set.
+
+    Raises `RequestError` where the tokenizer cannot write it.
+    """
     return guarded(
-        lambda: tokenizer.decode(ids), lambda reason: RequestError(f"{TOKENIZER}: cannot write the text: {reason}")
+        lambda: tokenizer.decode(ids, skip_special_tokens=not special),
+        lambda reason: RequestError(f"{TOKENIZER}: cannot write the text: {reason}"),
     )
 
 

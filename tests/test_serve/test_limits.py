@@ -353,3 +353,37 @@ def test_the_command_names_what_is_wrong(artifact):
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+class PanicException(BaseException):
+    """What the tokenizers library raises where it panics, by its name."""
+
+
+class Panics:
+    """A tokenizer that reads texts and cannot write one."""
+
+    def __init__(self, tokenizer):
+        self.encode = tokenizer.encode
+
+    def decode(self, ids, skip_special_tokens=True):
+        raise PanicException("index out of bounds")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/detokenize", {"tokens": [5]}, 400),
+        ("/v1/completions", {"prompt": [5, 6], "echo": True, "max_tokens": 0}, 400),
+        ("/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "logprobs": 1}, 500),
+    ],
+)
+def test_a_tokenizer_that_panics_fails_its_request_alone(served, monkeypatch, path, body, status):
+    tokenizer = served.service.engine.tokenizer
+    monkeypatch.setattr(served.service.engine, "tokenizer", Panics(tokenizer))
+    answer = served.post(path, body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        status, "tokenizer.json: cannot write the text: index out of bounds"
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert served.get("/health").status_code == 200
+    assert served.post("/detokenize", {"tokens": tokenizer.encode("def").ids}).json() == {"prompt": "def"}
