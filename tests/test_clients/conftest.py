@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from runtime.text.tokenizer import encode
 PROMPTS = ("def main(", "import os, sys and more text", "The")
 TOKENS = 24
 NODE_MODULES = Path(os.environ.get("NODE_MODULES", "node_modules"))
+OPTIMUM_PYTHON = os.environ.get("OPTIMUM_PYTHON", "")
 
 needs_genai = pytest.mark.skipif(
     find_spec("onnxruntime_genai") is None, reason="needs onnxruntime-genai: pip install 'wm-models[genai]'"
 )
 needs_openvino = pytest.mark.skipif(
     find_spec("openvino") is None, reason="needs openvino: pip install 'wm-models[openvino]'"
+)
+needs_optimum = pytest.mark.skipif(
+    not OPTIMUM_PYTHON, reason="needs optimum-onnx in an environment of its own, whose Python OPTIMUM_PYTHON names"
 )
 
 
@@ -36,11 +41,19 @@ def needs_npm(package: str) -> pytest.MarkDecorator:
 
 def run_node(script: str, *arguments: object) -> list:
     """What a script of this directory prints, as JSON, run where Node.js finds the packages."""
-    here = NODE_MODULES.resolve().parent
+    return _run_script(["node", "--input-type=module", "-"], script, arguments, NODE_MODULES.resolve().parent)
+
+
+def run_optimum(script: str, *arguments: object) -> list:
+    """What a script of this directory prints, as JSON, run by the Python of optimum's environment."""
+    return _run_script([OPTIMUM_PYTHON, "-"], script, arguments, Path.cwd())
+
+
+def _run_script(command: list[str], script: str, arguments: Iterable[object], here: Path) -> list:
     source = (Path(__file__).parent / script).read_text()
     done = subprocess.run(
-        ["node", "--input-type=module", "-", *map(str, arguments)],
-        input=source, cwd=here, capture_output=True, text=True, timeout=300,
+        [*command, *map(str, arguments)], input=source, cwd=here, capture_output=True, text=True, timeout=300,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,12 +9,25 @@ from export.errors import ExportError
 from export.targets.base import write_artifact
 from export.targets.hf_onnx import HF_ONNX, HfOnnxOptions
 from export.verification.record import VERIFICATION
-from test_clients.conftest import PROMPTS, TOKENS, needs_npm, needs_openvino, run_node
+from test_clients.conftest import (
+    PROMPTS,
+    TOKENS,
+    needs_npm,
+    needs_openvino,
+    needs_optimum,
+    run_node,
+    run_optimum,
+)
 
 
 @needs_npm("@huggingface/transformers")
 def test_transformers_js_writes_the_engines_ids_from_a_left_padded_batch(hf_layout, expected):
     assert run_node("transformers_js.mjs", hf_layout, TOKENS, json.dumps(PROMPTS)) == expected
+
+
+@needs_optimum
+def test_optimum_writes_the_engines_ids_from_a_left_padded_batch(hf_layout, expected):
+    assert run_optimum("optimum_generates.py", hf_layout, TOKENS, json.dumps(PROMPTS)) == expected
 
 
 @needs_openvino
