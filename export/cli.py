@@ -1,4 +1,4 @@
-"""The command `wm-export`: a subcommand for each target, and verify, sign, inspect, bench."""
+"""The command `wm-export`: a subcommand for each target, and verify, sign, inspect, perplexity, bench."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,20 @@ from export import __version__
 from export.api import sign, verify
 from export.bench import report
 from export.bench.measure import BaselineOptions, measure
-from export.errors import VerificationError
+from export.errors import ExportError, VerificationError
 from export.inspection import inspect_artifact
 from export.targets.base import Target, write_artifact
 from export.targets.registry import TARGETS
 from export.terminal import shown_progress
 from export.verification.comparison import Comparison, worst
+from export.verification.eager_scorer import EagerScorer
+from export.verification.record import read_origin
+from runtime.artifact.manifest import MANIFEST
 from runtime.bench import BenchOptions, render
+from runtime.cli import LoadOptions
 from runtime.console import command, option, run
+from runtime.evaluation.perplexity import PerplexityOptions, perplexity
+from runtime.evaluation.rendering import show
 from wm_models import PRESETS
 from wm_models.shipped import TRAINED
 
@@ -43,8 +49,8 @@ def make_app() -> typer.Typer:
     app.callback(help="Export models and compare them with the eager model.")(_general_options)
     for target in TARGETS.values():
         _add_target(app, target)
-    for name, function in (("verify", _verify), ("sign", _sign), ("inspect", _inspect), ("bench", _bench)):
-        command(app, name)(function)
+    for function in (_verify, _sign, _inspect, _perplexity, _bench):
+        command(app, function.__name__.removeprefix("_"))(function)
     return app
 
 
@@ -117,6 +123,26 @@ def _inspect(directory: Directory) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+
+
+def _perplexity(
+    directory: Directory,
+    options: PerplexityOptions,
+    how: LoadOptions,
+    against: Annotated[
+        str | None, typer.Option(help="The checkpoint, preset or shipped model. Default: what the artifact names.")
+    ] = None,
+) -> None:
+    """Measure how far an artifact's predictions of texts are from the eager model's.
+
+    wm-run perplexity compares two artifacts, without torch.
+    """
+    options.check(comparing=True)
+    if against is not None and (Path(against) / MANIFEST).is_file():
+        raise ExportError(f"{against}: is an artifact; compare two of them by wm-run perplexity")
+    engine = how.load(directory)
+    origin = read_origin(engine.artifact, against)
+    show(perplexity(engine, options, EagerScorer(origin.source, origin.seed)), options)
 
 
 def _bench(directory: Directory, options: BenchOptions, baselines: BaselineOptions) -> None:

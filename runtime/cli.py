@@ -1,4 +1,4 @@
-"""The command `wm-run`: generate, classify, chat, serve, evaluate, bench."""
+"""The command `wm-run`: generate, classify, chat, serve, evaluate, perplexity, bench."""
 
 import json
 from collections.abc import Iterator
@@ -11,12 +11,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from runtime.artifact.manifest import MANIFEST
 from runtime.backends.registry import AUTO, backend_names
 from runtime.batch import classify_file, generate_file
 from runtime.bench import BenchOptions, measure, plot, render, table_rows
 from runtime.console import Version, command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
+from runtime.evaluation.perplexity import PerplexityOptions
+from runtime.evaluation.perplexity import perplexity as measure_perplexity
+from runtime.evaluation.rendering import show
+from runtime.evaluation.scorers import EngineScorer
 from runtime.evaluation.tasks import EvaluateOptions, metric_rows
 from runtime.evaluation.tasks import evaluate as evaluate_tasks
 from runtime.options import option
@@ -166,6 +171,27 @@ def evaluate(directory: Directory, options: EvaluateOptions, how: LoadOptions) -
     for row in metric_rows(results):
         table.add_row(*row)
     Console().print(table)
+
+
+@command(app, no_args_is_help=True)
+def perplexity(
+    directory: Directory,
+    options: PerplexityOptions,
+    how: LoadOptions,
+    against: Annotated[
+        Path | None, typer.Option(help="Another artifact to compare with, position by position.")
+    ] = None,
+) -> None:
+    """Measure how well a model predicts texts: bits a byte, and how far it is from another artifact.
+
+    An artifact exported with --logits all is read 128 tokens at a time, another one token by token. To compare with a
+    checkpoint: wm-export perplexity.
+    """
+    options.check(against is not None)
+    if against is not None and not (against / MANIFEST).is_file():
+        raise RequestError(f"{against}: is no artifact; compare with a checkpoint by wm-export perplexity")
+    other = None if against is None else EngineScorer(how.load(against))
+    show(measure_perplexity(how.load(directory), options, other), options)
 
 
 @command(app, no_args_is_help=True)

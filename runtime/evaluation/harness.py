@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from runtime.engine import Engine
 from runtime.errors import RequestError
+from runtime.evaluation.windows import context_length, prefix_id
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.text.sampling import Sampling
+from runtime.text.tokenizer import check_tokenizer
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what a task that samples may leave out
 Pair = tuple[Any, list[int], list[int]]  # the texts, then the ids of a context and of its continuation
@@ -31,14 +33,9 @@ class EngineLM(TemplateLM):
 
     def __init__(self, engine: Engine, slots: int | None = None):
         super().__init__()
-        if engine.tokenizer is None:
-            raise RequestError(f"{engine.artifact.path}: has no tokenizer, which tasks need; export one with it")
-        if not engine.end_ids:
-            raise RequestError(f"{engine.artifact.path}: names no eos_token_id in config.json, which tasks need")
-        self.engine, self.ids_of = engine, engine.tokenizer
+        self._prefix = prefix_id(engine)
+        self.engine, self.ids_of = engine, check_tokenizer(engine.tokenizer, engine.artifact)
         self.scheduler = Scheduler(engine, slots)
-        first = engine.artifact.read_json("config.json").get("bos_token_id")
-        self._prefix = first if isinstance(first, int) else self.eot_token_id
 
     @property
     def eot_token_id(self) -> int:
@@ -50,8 +47,7 @@ class EngineLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of context: the last one that is scored takes a place in the slot too."""
-        return self.engine.graph.max_length - 1
+        return context_length(self.engine)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text. By default special tokens are added as the tokenizer does, once."""

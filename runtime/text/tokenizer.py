@@ -40,12 +40,15 @@ def check_tokenizer(tokenizer: Tokenizer | None, artifact: Artifact) -> Tokenize
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact) -> list[int]:
-    """The prompt's ids. Raises `RequestError` where the artifact has no tokenizer, or it cannot read the prompt."""
+def encode(tokenizer: Tokenizer | None, prompt: str, artifact: Artifact, capacity: int | None = None) -> list[int]:
+    """The prompt's ids, which are to fit `capacity` tokens, by default all that a slot of the artifact holds.
+
+    Raises `RequestError` where the artifact has no tokenizer, or it cannot read the prompt.
+    """
     known = check_tokenizer(tokenizer, artifact)
     if not isinstance(prompt, str):
         raise RequestError(f"the prompt is {type(prompt).__name__}; expected a text")
-    check_length(known, prompt, artifact.graph.max_length)
+    check_length(known, prompt, artifact.graph.max_length if capacity is None else capacity)
     return guarded(
         lambda: known.encode(prompt).ids,
         lambda reason: RequestError(f"{artifact.path / TOKENIZER}: cannot read the prompt: {reason}"),
