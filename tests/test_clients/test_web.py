@@ -29,7 +29,10 @@ def browser():
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+    # WebGPU is computed by SwiftShader, on the processor.
+    software = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    for argument in ("--headless=new", "--no-sandbox", "--ignore-gpu-blocklist", offline, *software):
         options.add_argument(argument)
     options.binary_location = shutil.which("chromium") or ""
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -38,12 +41,12 @@ def browser():
     driver.quit()
 
 
-def run_page(driver, folder, prompt: str) -> list[int]:
-    """The ids that the page in `folder` writes after `prompt`."""
+def run_page(driver, folder, prompt: str, device: str = "wasm") -> list[int]:
+    """The ids that the page in `folder` writes after `prompt` on `device`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        driver.get(f"http://127.0.0.1:{server.server_port}/index.html?device=wasm")
+        driver.get(f"http://127.0.0.1:{server.server_port}/index.html?device={device}")
         found = driver.execute_async_script(
             """
             const [prompt, count, answer] = arguments, wait = (what) => new Promise((done) => {
@@ -65,7 +68,7 @@ def run_page(driver, folder, prompt: str) -> list[int]:
         server.shutdown()
     failed, ids, status = found
     assert failed is None, failed
-    assert "tokens/s on wasm" in status
+    assert f"tokens/s on {device}" in status
     return json.loads(ids)
 
 
@@ -75,7 +78,8 @@ def test_the_page_writes_the_engines_ids(browser, hf_layout, shipped, tmp_path, 
     options = WebOptions(quantize="none", max_length=128, runtime=NODE_MODULES)
     written = write_artifact(WEB, "doge-3m", tmp_path / "page", options)
     assert all(found.passed for found in written.comparisons)
-    assert run_page(browser, tmp_path / "page", PROMPTS[0]) == expected[0][:COUNT]
+    for device in ("wasm", "webgpu"):
+        assert run_page(browser, tmp_path / "page", PROMPTS[0], device) == expected[0][:COUNT]
 
 
 @pytest.mark.slow
