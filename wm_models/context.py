@@ -142,13 +142,15 @@ class CacheContext:
             # low enough that the softmax gives zero, high enough that it is still finite when divided by the scale
             lowest = torch.finfo(bias.dtype).min * scale / 2
             bias = torch.where(self.padding, bias, lowest)
+        if self.in_blocks:
+            if self.cache is not None:
+                self.cache.update(*pack_keys(key, value, bias), layer)
+            return attend_blocks(query, key, value, bias, scale, self.keep, block_size(self.keep), self.documents)
         packed_key, packed_value = pack_keys(key, value, bias)
         if self.cache is not None:
             remembered = self.cache.update(packed_key, packed_value, layer)
             if not self.empty or self.visible is not None:
                 packed_key, packed_value = remembered
-        if self.in_blocks:
-            return attend_blocks(query, key, value, bias, scale, self.keep, block_size(self.keep), self.documents)
         mask = self.visible
         if mask is not None:
             biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]

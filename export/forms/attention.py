@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.forms.options import FormOptions
-from export.forms.projection import HeadProjection, fixed
+from export.forms.projection import HeadProjection, fixed, fold_scale
 from wm_models.layers.attention import AttentionCache, DMAttention, compose
 
 
@@ -58,10 +58,7 @@ class AttentionForm(DMAttention):
         self.key_bias = PowerBias(attention.A.dtype) if options.selects else attention.key_bias
         self.scale = 1.0
         with torch.no_grad():
-            norm = self.q_norm
-            scaled = [norm.weight] if isinstance(norm, nn.RMSNorm) else list(attention.q_proj.parameters())
-            for weight in scaled:
-                weight.copy_(weight.double() * attention.scale)
+            fold_scale(attention)
             heads, rows = attention.q_proj.out_features // self.head_size, attention.A.shape[0]
             repeat = 1 if options.evicts else heads // rows
             self.fused = AttentionProjection(attention, repeat, options.selects)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from export.forms.options import FormOptions
-from export.forms.projection import HeadProjection, fixed
+from export.forms.projection import HeadProjection, fixed, fold_scale
 from wm_models.layers.attention import DMAttention
 
 
@@ -43,10 +43,7 @@ class GrowingAttention(nn.Module):
         self.layer = attention.layer
         self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
         with torch.no_grad():
-            norm = self.q_norm
-            scaled = [norm.weight] if isinstance(norm, nn.RMSNorm) else list(attention.q_proj.parameters())
-            for weight in scaled:
-                weight.copy_(weight.double() * attention.scale)
+            fold_scale(attention)
             self.fused = HeadProjection((attention.q_proj, attention.k_proj, attention.v_proj), attention.head_size)
             heads, narrow = self.fused.heads[:2]
             dt, repeat = attention.dt_proj, heads // attention.A.shape[0]

@@ -1,4 +1,4 @@
-"""Linear layers over one input as one product.
+"""Linear layers over one input as one product, and attention's scale in the weights.
 
 B batch, S new tokens, D hidden size, d head size.
 """
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from wm_models.layers.attention import DMAttention
 
 
 class HeadProjection(nn.Module):
@@ -32,3 +34,10 @@ class HeadProjection(nn.Module):
 def fixed(value: torch.Tensor) -> nn.Parameter:
     """A parameter without a gradient."""
     return nn.Parameter(value, requires_grad=False)
+
+
+def fold_scale(attention: DMAttention) -> None:
+    """Multiply the weights that the query comes from by the scale of the scores, in float64 and in place."""
+    norm = attention.q_norm
+    for weight in [norm.weight] if isinstance(norm, nn.RMSNorm) else attention.q_proj.parameters():
+        weight.copy_(weight.double() * attention.scale)

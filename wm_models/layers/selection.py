@@ -125,7 +125,7 @@ def kept_keys(ranked: torch.Tensor, scores: torch.Tensor, documents: torch.Tenso
     rank = precedes.cumsum(-2, dtype=torch.int32)  # at query i (row): the block's keys up to i that precede m
     # Earlier keys are in view of the first token's document alone. They precede where their bias is larger.
     first = document == document[..., :1]  # (B, 1, n, b)
-    larger = keep - torch.searchsorted(scores.flip(-1), own.contiguous(), right=True)
+    larger = keep - torch.searchsorted(scores.flip(-1).contiguous(), own.contiguous(), right=True)
     rank += torch.where(first, larger, 0).int()[..., None, :]
     kept = (rank < keep) & same & square.tril() & real[..., None, :]
     kept |= square.tril() & square.triu() & ~real[..., :, None]  # a padded query sees itself, or its softmax is NaN
