@@ -84,9 +84,10 @@ class Event:
     `sequence`: the number that `begin` returned. `token`: None at an end without one (an end id, a cancellation, an
     error). `text`: whole characters that are certain now, which may be those of earlier tokens too. `logprob` and
     `top_logprobs` where the request asks for them. `prompt_logprobs`, in the first event alone: an entry a prompt
-    token, None for the first one. `finish_reason`: set in the last event, once; `error` says why where it is "error".
-    `prompt_tokens`, `new_tokens`, `reused_tokens`: usage so far; new tokens are those of events, reused ones the prompt
-    tokens that were not computed again.
+    token, None for the first one. `ended_by`: the id that ended the sequence, which is no token of the answer, with its
+    logprob, where the request asks for logprobs. `finish_reason`: set in the last event, once; `error` says why where
+    it is "error". `prompt_tokens`, `new_tokens`, `reused_tokens`: usage so far; new tokens are those of events, reused
+    ones the prompt tokens that were not computed again.
     """
 
     sequence: int
@@ -95,6 +96,7 @@ class Event:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    ended_by: Logprob | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_tokens: int = 0

@@ -4,6 +4,7 @@ V vocabulary.
 """
 
 from collections.abc import Set
+from dataclasses import replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -72,7 +73,7 @@ class Sequence:
         if token < 0:
             raise RequestError(self._overflow())
         if token in self._ends:
-            return self.end("stop")
+            return replace(self.end("stop"), ended_by=known)
         if self.request.constraint is not None:
             self.request.constraint.advance(token)
         self.ids.append(token)
@@ -106,6 +107,7 @@ class Sequence:
             None if known is None else known.logprob,
             () if known is None else known.top,
             None if prompt is None else tuple(prompt),
+            None,
             reason,
             error,
             self.prompt_tokens,

@@ -31,6 +31,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: Sequence[Logprob | None] = ()
+    ended_by: Logprob | None = None
     finish_reason: str | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -45,6 +46,7 @@ class Choice:
             self.logprobs.append(Logprob(event.token, event.logprob, event.top_logprobs))
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
+        self.ended_by = event.ended_by
         self.finish_reason = event.finish_reason
         self.prompt_tokens, self.new_tokens = event.prompt_tokens, event.new_tokens
         self.reused_tokens = event.reused_tokens
@@ -126,7 +128,7 @@ class CompletionAnswer(Answer):
         known = None
         if self.count is not None:
             choice.sent = 0
-            known = self._logprobs(choice, [*self._of_prompt(choice), *choice.logprobs])
+            known = self._logprobs(choice, [*self._of_prompt(choice), *choice.logprobs, *self._end(choice)])
         return self._choice(choice, text, known)
 
     def begin(self, choice: Choice) -> list[dict[str, Any]]:
@@ -147,6 +149,10 @@ class CompletionAnswer(Answer):
 
     def _of_prompt(self, choice: Choice) -> list[Logprob | None]:
         return [] if self.echoes is None else list(choice.prompt_logprobs)
+
+    def _end(self, choice: Choice) -> list[Logprob]:
+        """The end-of-sequence token, after an echo: clients that score a prompt leave out the last entry unseen."""
+        return [] if self.echoes is None or choice.ended_by is None else [choice.ended_by]
 
     def _logprobs(self, choice: Choice, known: Sequence[Logprob | None]) -> dict[str, Any]:
         ids = [self.ids[choice.prompt][0] if each is None else each.token for each in known]
