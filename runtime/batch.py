@@ -29,16 +29,16 @@ def generate_many(
     draws are those of the seed plus its line. Raises `RequestError` for a prompt that does not fit, before anything
     runs, and for one whose logits are not finite.
     """
-    for prompt, new, error in _generate(engine, prompts, max_new_tokens, slots, sampling):
+    for prompt, new, error in generate_each(engine, prompts, max_new_tokens, slots, sampling):
         if error is not None:
             raise RequestError(f"line {prompt.line + 1}: {error}")
         yield prompt, new
 
 
-def _generate(
+def generate_each(
     engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, slots: int, sampling: Sampling
 ) -> Iterator[tuple[Prompt, list[int], str | None]]:
-    """Each prompt with its new ids, or with what went wrong with it alone."""
+    """As `generate_many`, but what goes wrong with one prompt comes with it, as the third of the tuple."""
     as_integer(max_new_tokens, "max_new_tokens", 1)
     scheduler = Scheduler(engine, slots, engine.session.chunk, prefix_memory=0)
     begun: dict[int, tuple[Prompt, list[int]]] = {}
@@ -70,7 +70,7 @@ def generate_file(
     """
 
     def answers(left: list[Prompt]) -> Answers:
-        for prompt, new, error in _generate(engine, left, max_new_tokens, slots, sampling):
+        for prompt, new, error in generate_each(engine, left, max_new_tokens, slots, sampling):
             text = {} if engine.tokenizer is None else {"text": decode(engine.tokenizer, new)}
             yield replace(prompt, error=error), {"new_ids": new, **text}
 

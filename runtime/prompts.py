@@ -17,6 +17,7 @@ from runtime.errors import RequestError
 
 # The names that an answer adds to its prompt's own, by the key of the prompt's text.
 ANSWERS = {"prompt": ("line", "line_hash", "new_ids", "text"), "text": ("line", "line_hash", "prediction")}
+EXPECTED = "expected an object with either a {} or ids"
 MARK = b"\xef\xbb\xbf"  # a byte-order mark in UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -47,18 +48,34 @@ def read_prompts(engine: Engine, path: Path, key: str = "prompt", *, strict: boo
     for number, data in enumerate(path.read_bytes().removeprefix(MARK).split(b"\n")):
         if not data.strip():
             continue
-        prompt = Prompt(number, {}, [], hashlib.sha256(data).hexdigest()[:16])
-        try:
-            prompt.given = _parse(data, key)
-            prompt.ids = _ids(engine, prompt.given, key)
-        except RequestError as error:
-            prompt.error = str(error)
-            if strict:
-                raise RequestError(f"{path}: line {number + 1}: {error}") from error
+        prompt = parse_prompt(engine, number, data, key)
+        if strict and prompt.error is not None:
+            raise RequestError(f"{path}: line {number + 1}: {prompt.error}")
         prompts.append(prompt)
     if not prompts:
         raise RequestError(f"{path}: is empty; expected a {key} on each line")
     return prompts
+
+
+def parse_prompt(engine: Engine, line: int, data: bytes, key: str = "prompt") -> Prompt:
+    """The prompt of one line of a JSONL file, with its `error` where it has one."""
+    prompt = Prompt(line, {}, [], hashlib.sha256(data).hexdigest()[:16])
+    try:
+        prompt.given = _parse(data, key)
+    except RequestError as error:
+        prompt.error = str(error)
+        return prompt
+    return check_prompt(engine, prompt, key)
+
+
+def check_prompt(engine: Engine, prompt: Prompt, key: str = "prompt") -> Prompt:
+    """The prompt with the ids of its object, or with its `error`."""
+    try:
+        _check_names(prompt.given, key)
+        prompt.ids = _ids(engine, prompt.given, key)
+    except RequestError as error:
+        prompt.error = str(error)
+    return prompt
 
 
 def _parse(data: bytes, key: str) -> dict[str, Any]:
@@ -69,11 +86,16 @@ def _parse(data: bytes, key: str) -> dict[str, Any]:
         raise RequestError("is nested too deeply") from None
     except ValueError as error:
         raise RequestError(f"is no JSON: {error}") from error
-    if not isinstance(given, dict) or (key in given) == ("ids" in given):
-        raise RequestError(f"expected an object with either a {key} or ids")
+    if not isinstance(given, dict):
+        raise RequestError(EXPECTED.format(key))
+    return given
+
+
+def _check_names(given: dict[str, Any], key: str) -> None:
+    if (key in given) == ("ids" in given):
+        raise RequestError(EXPECTED.format(key))
     if taken := [name for name in ANSWERS[key] if name in given]:
         raise RequestError(f"has {taken[0]}, which is what its answer adds; give it another name")
-    return given
 
 
 def _ids(engine: Engine, given: dict[str, Any], key: str) -> list[int]:

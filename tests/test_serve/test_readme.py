@@ -31,7 +31,7 @@ def test_the_curl_commands_are_answered(served):
 
 
 def test_the_python_example_runs(served):
-    (program,) = blocks("python")
+    program, _ = blocks("python")
     program = program.replace("http://127.0.0.1:8000", served.url)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
