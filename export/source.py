@@ -19,6 +19,7 @@ from wm_models import (
 from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
+from wm_models.presets import has_tokenizer
 from wm_models.shipped import ASSETS, TRAINED
 
 TOKENIZER_FILES = (
@@ -62,7 +63,7 @@ def copy_texts(model: DecoderWithHead, source: str, out: Path) -> None:
     """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
     model.config.save_pretrained(out)
     directory = Path(_resolve(source))
-    if not directory.is_dir() and source in PRESETS:
+    if not directory.is_dir() and source in PRESETS and has_tokenizer(source):
         directory = ASSETS
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():

@@ -20,10 +20,21 @@ _SIZES = {
     "480m-moe": (768, 1536, 24, 6, 3, 9216, 3 * 6),
     "1.4b-moe": (1024, 2048, 32, 8, 4, 16384, 4 * 8),
 }
+# Doge alone, with a tokenizer of 128256 ids that does not ship (small-doge, recipes/doge).
+_LARGE_VOCABULARY = {
+    "40m-moe": (256, 768, 8, 2, 1, 1024, 8),
+    "100m": (512, 1536, 16, 4, 2, 0, 0),
+    "180m-moe": (512, 1536, 16, 4, 2, 4096, 16),
+    "260m": (768, 2304, 24, 6, 3, 0, 0),
+    "600m-moe": (768, 2304, 24, 6, 3, 9216, 24),
+    "1.6b-moe": (1024, 4096, 32, 8, 4, 16384, 32),
+}
+_TOKENS = {"vocab_size": 32768, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_LARGE_TOKENS = {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128001}
+_LENGTH = {"max_position_embeddings": 2048}
+_LONG = {"doge-1.6b-moe": {"max_position_embeddings": 4096, "keep_window_size": 4096, "rope_theta": 40000.0}}
 
-_CONFIGS = {"doge": DogeConfig, "cheems": CheemsConfig}
-
-PRESETS = tuple(f"{model}-{size}" for model in _CONFIGS for size in _SIZES)
+PRESETS = tuple([f"doge-{size}" for size in (*_SIZES, *_LARGE_VOCABULARY)] + [f"cheems-{size}" for size in _SIZES])
 
 
 def preset(name: str) -> DogeConfig:
@@ -31,22 +42,24 @@ def preset(name: str) -> DogeConfig:
     if name not in PRESETS:
         raise ValueError(f"{name!r} is no preset; expected one of {', '.join(PRESETS)}")
     model, size = name.split("-", 1)
-    hidden, inner, layers, heads, narrow, experts, per_token = _SIZES[size]
+    hidden, inner, layers, heads, narrow, experts, per_token = (_SIZES | _LARGE_VOCABULARY)[size]
     fields: dict[str, Any] = {"is_moe": True, "num_experts": experts, "num_experts_per_tok": per_token}
-    return _CONFIGS[model](
-        vocab_size=32768,
+    return (CheemsConfig if model == "cheems" else DogeConfig)(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=narrow,
-        max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+        **(_LARGE_TOKENS if size in _LARGE_VOCABULARY else _TOKENS),
+        **(_LENGTH | _LONG.get(name, {})),
         **(fields if experts else {}),
     )
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether the tokenizer that ships is the one of the preset `name`."""
+    return preset(name).vocab_size == _TOKENS["vocab_size"]
 
 
 def create(name: str, seed: int = 0) -> DogeForCausalLM | CheemsForCausalLM:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from wm_models import PRESETS, CheemsForCausalLM, DogeForCausalLM, create, preset, shipped_tokenizer
 
-EMBEDDING = 32768
 # hidden, intermediate, layers, key/value width, key/value heads, experts: from the table of the models' description
 TABLE = {
     "20m": (256, 512, 8, 128, 1, 0),
@@ -19,10 +18,20 @@ TABLE = {
     "480m-moe": (768, 1536, 24, 384, 3, 9216),
     "1.4b-moe": (1024, 2048, 32, 512, 4, 16384),
 }
+# of small-doge's recipes, with 128256 ids
+LARGE_VOCABULARY = {
+    "40m-moe": (256, 768, 8, 128, 1, 1024),
+    "100m": (512, 1536, 16, 256, 2, 0),
+    "180m-moe": (512, 1536, 16, 256, 2, 4096),
+    "260m": (768, 2304, 24, 384, 3, 0),
+    "600m-moe": (768, 2304, 24, 384, 3, 9216),
+    "1.6b-moe": (1024, 4096, 32, 512, 4, 16384),
+}
 
 
 def test_names():
-    assert set(PRESETS) == {f"{model}-{size}" for model in ("doge", "cheems") for size in TABLE}
+    expected = {f"{model}-{size}" for model in ("doge", "cheems") for size in TABLE}
+    assert set(PRESETS) == expected | {f"doge-{size}" for size in LARGE_VOCABULARY}
     with pytest.raises(ValueError, match="doge-20m"):
         preset("doge-21m")
 
@@ -30,7 +39,8 @@ def test_names():
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters(name):
     kind, size = name.split("-", 1)
-    d, i, layers, kv, k, e = TABLE[size]
+    d, i, layers, kv, k, e = (TABLE | LARGE_VOCABULARY)[size]
+    tokens = 128256 if size in LARGE_VOCABULARY else 32768
     heads = d // 128
     with torch.device("meta"):
         model = (DogeForCausalLM if kind == "doge" else CheemsForCausalLM)(preset(name))
@@ -41,7 +51,7 @@ def test_parameters(name):
     else:
         mixers = layers // 8 * (attention + kv * heads + heads)
         mixers += (layers - layers // 8) * (4 * d * d + d * heads + heads)
-    assert sum(p.numel() for p in model.parameters()) == EMBEDDING * d + d + mixers + layers * (
+    assert sum(p.numel() for p in model.parameters()) == tokens * d + d + mixers + layers * (
         3 * d * i + experts + 4 * d
     )
 

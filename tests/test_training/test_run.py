@@ -21,7 +21,7 @@ from wm_models import DogeForCausalLM
 from wm_models.training import Recipe, TrainingError, train
 from wm_models.training.cli import RecipeOptions
 from wm_models.training.report import Progressing
-from wm_models.training.run import estimate
+from wm_models.training.run import estimate, prepare
 
 COMMAND = "from wm_models.training.cli import main; main()"
 
@@ -301,6 +301,11 @@ def test_two_processes(finished, corpus, tmp_path, sharded):
     done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert curve(out) == pytest.approx(curve(finished[0]), rel=1e-4)
+
+
+def test_a_preset_whose_tokenizer_does_not_ship_needs_one(corpus):
+    with pytest.raises(TrainingError, match=r"doge-100m: its tokenizer, of 128256 ids, does not ship; .*--vocabulary"):
+        prepare(recipe(corpus, preset="doge-100m", vocabulary=0))
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,19 @@ def _fields_2025_01(values: Values) -> Values:
     return {**_fields_2025_04(values), "keep_window_size": EVERY_KEY, "expert_routing": "product_keys"}
 
 
+def _fields_doge2(values: Values) -> Values:
+    """Doge2 (small-doge): each query head has a bias; keys are dropped only beyond `keep_window_size` tokens."""
+    ratio, keep = values.get("dynamic_mask_ratio") or 0.0, values.get("keep_window_size", 2048)
+    longest = values.get("max_position_embeddings", 2048)
+    if ratio and longest > keep:
+        raise ValueError(
+            f"dynamic_mask_ratio is {ratio} over {longest} tokens; Doge2 drops keys beyond keep_window_size = {keep}, "
+            "which no model here does: set max_position_embeddings to that"
+        )
+    heads = values.get("num_attention_heads")
+    return {**values, "num_bias_heads": heads, "dynamic_mask_ratio": 0.0, "keep_window_size": EVERY_KEY}
+
+
 def _convert_2025_01(state: State, values: Values) -> None:
     """`is_causal` turned the bias off. With A = 0 every bias is one, which the softmax cancels."""
     if values.get("is_causal"):
@@ -123,6 +136,7 @@ FORMATS: list[Format] = [
     Format("2025-08", "doge", fields=_fields_2025_08),
     Format("2025-04", "doge", names=OLD_NAMES, fields=_fields_2025_04, marks=MARKS_2025_04),
     Format("2025-01", "doge", names=OLD_NAMES, fields=_fields_2025_01, convert=_convert_2025_01, marks=MARKS_2025_01),
+    Format("doge2", "doge2", fields=_fields_doge2),
     Format("wm-models", "cheems", CheemsConfig),
     Format("2025-01", "cheems", CheemsConfig, CHEEMS_NAMES, _fields_2025_01, _convert_cheems),
 ]

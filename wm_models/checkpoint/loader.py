@@ -86,7 +86,7 @@ def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: di
     candidates = _candidates(model_class, directory, values, stored)
     near: list[tuple[int, Format, str]] = []
     for format in candidates:
-        config, expected = _expected(model_class, directory, format.fields(values), options)
+        config, expected = _expected(model_class, directory, format, values, options)
         names, optional = _names(model_class, format, expected, config, stored)
         inherited: frozenset[str] = frozenset()
         if config.is_moe and not values.get("is_moe", False):
@@ -132,7 +132,7 @@ def _candidates(model_class: type[PreTrainedModel], directory: Path, values: Val
 
 
 def _expected(
-    model_class: type[PreTrainedModel], directory: Path, values: Values, options: dict[str, Any]
+    model_class: type[PreTrainedModel], directory: Path, format: Format, values: Values, options: dict[str, Any]
 ) -> tuple[DogeConfig, Shapes]:
     """The config and every tensor's shape by name of the model that is to be built.
 
@@ -140,9 +140,9 @@ def _expected(
     """
     given = options.get("config")
     config_class: Any = model_class.config_class
-    values = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
     fields = field_options(model_class, options)
     try:
+        values = {k: v for k, v in format.fields(values).items() if k not in ("auto_map", "model_type")}
         config: DogeConfig
         if given is None:
             config = config_class.from_dict({**values, **fields})

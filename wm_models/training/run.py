@@ -33,6 +33,7 @@ from wm_models import (
     preset,
     shipped_tokenizer,
 )
+from wm_models.presets import has_tokenizer
 from wm_models.training.data import Document, hold_out, read_documents
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import AUTO, Recipe
@@ -78,8 +79,14 @@ def prepare(recipe: Recipe) -> Prepared:
         if not Path(recipe.tokenizer, "tokenizer.json").exists():
             raise TrainingError(f"{recipe.tokenizer}: has no tokenizer.json; expected a tokenizer's directory")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.tokenizer)
-    else:
+    elif has_tokenizer(recipe.preset):
         tokenizer = shipped_tokenizer()
+    else:
+        size = preset(recipe.preset).vocab_size
+        raise TrainingError(
+            f"{recipe.preset}: its tokenizer, of {size} ids, does not ship; name its directory with --tokenizer, or "
+            "train another with --vocabulary"
+        )
     length = recipe.sequence_length
     return Prepared(
         train,
