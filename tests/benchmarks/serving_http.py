@@ -169,7 +169,7 @@ class Bench:
         best = {count: max(loads, key=lambda each: each.rate) for count, loads in rounds.items()}
         one = best[1]
         for count, made in best.items():
-            name = f"{count} clients, 8 slots" if count else "1 client, 1 slot"
+            name = f"{count or 1} client{'s' * (count > 1)}, {8 if count else 1} slot{'s' * bool(count)}"
             ratios = made.rate / one.rate, made.tokens / made.cpu / (one.tokens / one.cpu)
             self.row(name, made.rate, float(np.median(made.first)), *ratios)
         return {count: best[count] for count in CLIENTS}
