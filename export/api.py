@@ -1,13 +1,13 @@
 """What Python programs call: one function a command of wm-export."""
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from export.package.directory import revising
 from export.package.signing import sign
 from export.progress import SILENT, Progress
-from export.source import load_model
+from export.source import Source
 from export.targets.base import write_artifact
 from export.targets.onnx_artifact import ONNX, OnnxOptions
 from export.targets.registry import find_target
@@ -72,12 +72,13 @@ def verify(directory: str | Path, source: str | None = None, *, progress: Progre
     """
     artifact = read_artifact(Path(directory), allow_unverified=True)
     origin = read_origin(artifact, source)
-    target, expected = find_target(origin.target), Expected(partial(load_model, origin.source, origin.seed))
+    target, opened = find_target(origin.target), Source(origin.source, origin.seed)
     with revising(artifact) as new:
-        comparisons = check_artifact(new, expected, target.open, progress)
+        comparisons = check_artifact(new, Expected(opened.load_model), target.open, progress)
         stands = artifact.verified and all(comparison.passed for comparison in comparisons)
         if not (stands and (new / SIGNATURE).exists()):
             (new / SIGNATURE).unlink(missing_ok=True)
             manifest = parse_manifest(artifact.manifest, artifact.path / MANIFEST)
+            origin = replace(origin, files=opened.hashes())
             record_comparisons(new, manifest, origin, comparisons, artifact.files)
     return comparisons

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from export.errors import ExportError
+from runtime.artifact.integrity import file_hash
 from wm_models import (
     PRESETS,
     CheemsConfig,
@@ -16,6 +16,8 @@ from wm_models import (
     create,
     shipped_checkpoint,
 )
+from wm_models.checkpoint.files import CONFIG, open_checkpoint, read_json
+from wm_models.checkpoint.folder import CheckpointFolder
 from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
@@ -32,45 +34,64 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(source: str, seed: int) -> DecoderWithHead:
-    """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so.
+class Source:
+    """What a model is made of: an opened checkpoint, or a preset's name and the seed of its random weights.
 
-    `source` is a directory, the shipped model's name, or a preset's for random weights from `seed`; a directory of
-    such a name wins.
-    Raises `ExportError` or `wm_models.CheckpointError`.
+    The checkpoint's directory and files are opened once, so that the model, its texts and its hashes are of the same
+    bytes, whatever is renamed meanwhile. `name`: a directory, the shipped model's name, a preset's or a hub model's; a
+    directory of such a name wins. Raises `ExportError` or `wm_models.CheckpointError`.
     """
-    source = _resolve(source)
-    if not os.path.isdir(source) and source in PRESETS:
-        return create(source, seed)
-    if not os.path.isdir(source) and "/" not in source:
-        raise ExportError(f"{source}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}")
-    try:
-        values = PreTrainedConfig.get_config_dict(source)[0]
-    except OSError:  # the loader says what is wrong
-        values = {}
-    hybrid, names = config_class(values.get("model_type")) is CheemsConfig, values.get("architectures")
-    model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
-    if isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names):
-        if hybrid:
-            raise ExportError(f"{source}: is a classifier of Cheems, and there is none; expected one of Doge")
-        model_class = DogeForSequenceClassification
-        if CLASSIFIER not in find_checkpoint(model_class, source, {}).names:
-            raise ExportError(f"{source}: is a language model without a classifier's {CLASSIFIER}; train one first")
-    return model_class.from_pretrained(source, dtype=torch.float32).eval()
 
+    def __init__(self, name: str, seed: int = 0):
+        self.name, self.seed = name, seed
+        place = _resolve(name)
+        self.folder: CheckpointFolder | None = None
+        if os.path.isdir(place) or place not in PRESETS:
+            if not os.path.isdir(place) and "/" not in place:
+                raise ExportError(
+                    f"{place}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}"
+                )
+            self.folder = open_checkpoint(place, {})
 
-def copy_texts(model: DecoderWithHead, source: str, out: Path) -> None:
-    """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
-    model.config.save_pretrained(out)
-    directory = Path(_resolve(source))
-    if not directory.is_dir() and source in PRESETS and has_tokenizer(source):
-        directory = ASSETS
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            (out / name).write_bytes((directory / name).read_bytes())
-    config = model.generation_config if isinstance(model, DecoderForCausalLM) else None
-    if not (out / "generation_config.json").exists() and config is not None:
-        config.save_pretrained(out)
+    def load_model(self) -> DecoderWithHead:
+        """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so."""
+        if self.folder is None:
+            return create(self.name, self.seed)
+        values = read_json(self.folder, CONFIG)
+        hybrid, names = config_class(values.get("model_type")) is CheemsConfig, values.get("architectures")
+        model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
+        if isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names):
+            if hybrid:
+                raise ExportError(f"{self.name}: is a classifier of Cheems, and there is none; expected one of Doge")
+            model_class = DogeForSequenceClassification
+            if CLASSIFIER not in find_checkpoint(model_class, self.folder, {}).names:
+                raise ExportError(
+                    f"{self.name}: is a language model without a classifier's {CLASSIFIER}; train one first"
+                )
+        return model_class.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def copy_texts(self, model: DecoderWithHead, out: Path) -> None:
+        """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
+        model.config.save_pretrained(out)
+        shipped = self.folder is None and has_tokenizer(self.name)
+        folder = CheckpointFolder(ASSETS) if shipped else self.folder
+        for name in TOKENIZER_FILES:
+            if folder is not None and folder.has(name):
+                (out / name).write_bytes(folder.read(name))
+        config = model.generation_config if isinstance(model, DecoderForCausalLM) else None
+        if not (out / "generation_config.json").exists() and config is not None:
+            config.save_pretrained(out)
+
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of every file of the checkpoint that was opened, by name; none for a preset.
+
+        Raises `wm_models.CheckpointError` where one of them was written to since.
+        """
+        if self.folder is None:
+            return {}
+        found = {name: file_hash(Path(self.folder.link(name))) for name in self.folder.opened()}
+        self.folder.check_unchanged()
+        return found
 
 
 def _resolve(source: str) -> str:

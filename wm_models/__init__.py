@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from wm_models.checkpoint.files import CheckpointError
+from wm_models.checkpoint.errors import CheckpointError
 from wm_models.checkpoint.formats import FORMATS, Format
 from wm_models.cheems import CheemsForCausalLM, CheemsModel
 from wm_models.configuration import MIXERS, CheemsConfig, DogeConfig

@@ -6,7 +6,10 @@ B batch, S new tokens, L keys seen, C cache capacity, D hidden size, V vocabular
 n length of a router's score list.
 """
 
+import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +31,8 @@ from wm_models.layers.experts import feed_forward
 from wm_models.layers.mixers import Mixer
 from wm_models.layers.rotary import RotaryEmbedding
 from wm_models.losses import count_predictions, load_balancing_loss, next_token_loss
+
+log = logging.getLogger(__name__)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -70,6 +75,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint directory, or a model of the Hugging Face hub, whole or not at all.
 
+        `source` may also be a `CheckpointFolder`, which is opened already.
         Takes what `transformers.PreTrainedModel.from_pretrained` takes, and every format of `checkpoint.formats`,
         recognised by its tensors. An MLP checkpoint loads as a mixture of experts with the options `is_moe=True`,
         `num_experts` and `num_experts_per_tok`: the experts then start with nothing to add. Raises `CheckpointError`,
@@ -77,17 +83,24 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """
         if source is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(source, *args, **kwargs)
-        checkpoint = find_checkpoint(cls, source, kwargs)
+        began, checkpoint = time.monotonic(), find_checkpoint(cls, source, kwargs)
         for name in field_options(cls, kwargs):
             del kwargs[name]
-        kwargs["config"] = checkpoint.config
-        if checkpoint.is_plain:
-            return super().from_pretrained(str(checkpoint.directory), *args, **kwargs)
-        model = super().from_pretrained(None, *args, state_dict=checkpoint.state(), **kwargs)
-        model.config.name_or_path = str(checkpoint.directory)
-        if (checkpoint.directory / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-        return model
+        kwargs["config"], folder = checkpoint.config, checkpoint.folder
+        has_generation = folder.has(GENERATION_CONFIG_NAME)
+        offloads = kwargs.get("device_map") is not None  # to the disk too, and then reads weights by name when they run
+        with nullcontext(str(folder.path)) if offloads else folder.view() as path:
+            if checkpoint.is_plain:
+                loaded = super().from_pretrained(path, *args, **kwargs)
+            else:
+                loaded = super().from_pretrained(None, *args, state_dict=checkpoint.state(), **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            if has_generation and not checkpoint.is_plain:
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        folder.check_unchanged()
+        model.name_or_path = model.config.name_or_path = checkpoint.config.name_or_path = str(folder.path)
+        log.info("loaded %s from %s in %.1f s", cls.__name__, folder.path, time.monotonic() - began)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

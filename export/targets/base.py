@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from export.package.directory import check_free, replacing
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
-from export.source import load_model
+from export.source import Source
 from export.verification.comparison import Comparison
 from export.verification.judging import Expected, check_artifact
 from export.verification.record import Origin, record_comparisons
@@ -35,23 +35,34 @@ class Draft:
     """An artifact that is being written in `directory`, which takes its place once it is whole.
 
     `source` and `seed` say where the model comes from. `manifest`: what manifest.json will say, but for the list of
-    files and the verdict; a target sets it, and adds its own section.
+    files and the verdict; a target sets it, and adds its own section. `opened`: see `open_source`.
     """
 
     directory: Path
     source: str
     seed: int = 0
     progress: Progress = SILENT
+    opened: Source | None = None
     manifest: Manifest = field(init=False)
+
+    def open_source(self) -> Source:
+        """What the model is made of, which is opened once."""
+        if self.opened is None:
+            self.opened = Source(self.source, self.seed)
+        return self.opened
 
     def load_model(self) -> DecoderWithHead:
         """The eager model, in float32."""
-        return load_model(self.source, self.seed)
+        return self.open_source().load_model()
+
+    def copy_texts(self, model: DecoderWithHead) -> None:
+        """Write config.json, and the tokenizer's and the generation's files of the source, into the directory."""
+        self.open_source().copy_texts(model, self.directory)
 
     def origin(self, target: str) -> Origin:
         """What verification.json says of where this comes from."""
         source = os.path.abspath(self.source) if os.path.isdir(self.source) else self.source
-        return Origin(source, self.seed, target)
+        return Origin(source, self.seed, target, self.opened.hashes() if self.opened else {})
 
     def add_section(self, name: str, value: Any) -> None:
         """Give the manifest a section of the target's own, in the place of one of this name; `value` becomes JSON."""

@@ -27,7 +27,6 @@ from export.quantization.calibration import LENGTH, ROWS, Feed, written_text
 from export.quantization.schemes import SCHEMES
 from export.quantization.weights import quantize_graph
 from export.rewrites.cpu_quantized import use_cpu_quantized_operators
-from export.source import copy_texts
 from export.targets.base import Draft, Target
 from export.targets.onnx_artifact import DEFAULT_BLOCKS, DTYPES, OnnxOptions, check_model, checked_length
 from export.verification.comparison import Comparison
@@ -86,7 +85,7 @@ class HfOnnxTarget(Target[HfOnnxOptions]):
         config = model.config.to_dict()
         description = Model(config["model_type"], parameter_count(model), config)
         draft.manifest = Manifest(description, graph, files={}, verified=False)  # for whoever asks; no file says it
-        copy_texts(model, draft.source, draft.directory)
+        draft.copy_texts(model)
         _adapt_texts(model.config, Path(draft.source).name, graph, draft.directory)
         expected = Expected(draft.load_model)
         if options.quantize is None:

@@ -18,7 +18,6 @@ from export.quantization.calibration import LENGTH, ROWS, written_text
 from export.quantization.schemes import BLOCKS, SCHEMES, Scheme
 from export.quantization.weights import quantize_graph
 from export.rewrites.fixed_capacity import fix_capacity
-from export.source import copy_texts
 from export.targets.base import Draft, Target
 from export.verification.judging import Expected
 from export.verification.ranges import check_biases, check_weights
@@ -88,7 +87,7 @@ class OnnxTarget(Target[OnnxOptions]):
         model, dtype = draft.load_model(), DTYPES[options.dtype]
         check_model(model, draft.source, dtype)
         contract = _contract(model, options)
-        copy_texts(model, draft.source, draft.directory)
+        draft.copy_texts(model)
         expected = Expected(draft.load_model)
         if options.quantize is None:
             expected.answers, biases = references(model, contract, progress=draft.progress)

@@ -8,7 +8,6 @@ fails.
 B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +242,8 @@ def copy_artifact(draft: Draft, dtype: str | None) -> Artifact:
         raise ExportError(f"--dtype is {dtype}, but {source} is {artifact.graph.dtype}; export the checkpoint again")
     draft.manifest = parse_manifest(artifact.manifest, source / MANIFEST)
     for name in artifact.files:
-        shutil.copy2(source / name, draft.directory / name)
+        artifact.copy_file(name, draft.directory / name)
+    artifact.folder.check_unchanged()
     write_manifest(draft.directory, draft.manifest, verified=True)
     return artifact
 

@@ -69,6 +69,7 @@ class WebTarget(Target[WebOptions]):
         for name in PAGE:
             (draft.directory / name).write_bytes((page / name).read_bytes())
         (draft.directory / MODEL).mkdir()
+        draft.open_source()  # once, for both drafts
         model = replace(draft, directory=draft.directory / MODEL)
         expected = HF_ONNX.write(model, _model_options(options))
         draft.manifest = model.manifest

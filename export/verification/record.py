@@ -1,7 +1,7 @@
 """verification.json: what an artifact was compared with, and each comparison's figures."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from export.errors import ExportError
@@ -17,11 +17,15 @@ FIRST_TARGET = "onnx"  # of an artifact whose record names none
 
 @dataclass(frozen=True)
 class Origin:
-    """The eager model that an artifact was made of, and the target that wrote it: `--source`, `--seed`, and a name."""
+    """The eager model that an artifact was made of, and the target that wrote it: `--source`, `--seed`, and a name.
+
+    `files`: the SHA-256 of each file that the model was loaded from, or that was copied; none of a preset.
+    """
 
     source: str
     seed: int = 0
     target: str = FIRST_TARGET
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def record_comparisons(
@@ -40,7 +44,7 @@ def write_record(directory: Path, origin: Origin, comparisons: Sequence[Comparis
     """Write verification.json; returns whether every comparison passed."""
     passed = all(comparison.passed for comparison in comparisons)
     record = {
-        "source": {"source": origin.source, "seed": origin.seed},
+        "source": {"source": origin.source, "seed": origin.seed, "files": dict(origin.files)},
         "target": origin.target,
         "passed": passed,
         "comparisons": [asdict(comparison) for comparison in comparisons],

@@ -9,6 +9,7 @@ B batch (slots), S new tokens, C cache capacity, V vocabulary.
 
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import Repr
@@ -207,6 +208,14 @@ class Artifact:
     def weights(self, name: str) -> set[str]:
         """The files that the weights of a listed graph lie in."""
         return {tensor.location for tensor in read_onnx(self.graphs[name]).externals}
+
+    def copy_file(self, name: str, path: Path) -> None:
+        """Write the bytes of a listed file, as they were checked, to a new file."""
+        held = self.texts.get(name, self.graphs.get(name))
+        if held is None:
+            shutil.copyfile(self.folder.link(name), path)
+        else:
+            path.write_bytes(held)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A listed JSON file's object; empty where the artifact has no such file."""

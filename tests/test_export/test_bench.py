@@ -6,7 +6,7 @@ import torch
 from export.bench import baselines
 from export.bench.floor import linear_floor, linear_layers, linear_operations, step_bytes
 from export.bench.measure import BaselineOptions, measure
-from export.source import load_model
+from export.source import Source
 from runtime import load
 from runtime.bench import BenchOptions
 from wm_models.layers.attention import DMAttention
@@ -28,7 +28,7 @@ def test_a_baseline_that_is_not_installed_names_its_package(exported, monkeypatc
 @pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "fp16", "bf16", "int8", "int4"])
 def test_the_floor_has_the_linear_layers_of_the_model(exported, name):
     """Against torch's own, of which the export merges some: the operations, not the number, are the same."""
-    model = load_model(str(exported(name)[0]), 0)
+    model = Source(str(exported(name)[0])).load_model()
     linear = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
     head = model.get_output_embeddings()
     work = sum(each.weight.numel() for each in linear)
@@ -46,7 +46,7 @@ def test_the_floor_has_the_linear_layers_of_the_model(exported, name):
 @pytest.mark.parametrize("name", ["dense", "biased, untied", "experts", "hybrid", "selection", "fp16"])
 def test_the_bytes_of_a_step(exported, name):
     """Against the sum over the model's parameters that a step uses, and over the rows it attends to."""
-    model = load_model(str(exported(name)[0]), 0)
+    model = Source(str(exported(name)[0])).load_model()
     config, context = model.config, 100
     width = 2 if name == "fp16" else 4
     numbers = sum(parameter.numel() for parameter in model.parameters())

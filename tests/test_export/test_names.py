@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from export.rewrites.names import MODULE
-from export.source import load_model
+from export.source import Source
 from test_export.conftest import VARIANTS, lowered, save_checkpoint
 
 
@@ -14,7 +14,7 @@ from test_export.conftest import VARIANTS, lowered, save_checkpoint
 def graph(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("names")
     checkpoint = save_checkpoint(root / "checkpoint", **VARIANTS[request.param][0])
-    model = load_model(str(checkpoint), 0)
+    model = Source(str(checkpoint)).load_model()
     modules = {name for name, _ in model.named_modules()}
     artifact = lowered(root / "artifact", model)
     return ir.load(artifact.path / "model.onnx").graph, modules

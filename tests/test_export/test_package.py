@@ -64,7 +64,7 @@ def test_verifying_leaves_what_the_manifest_does_not_list_alone(copy, victim, mo
     for name in (".verification.json", ".manifest.json", "verification.json", "folder/link"):
         (copy / name).symlink_to(victim)
     listed = set(json.loads((copy / MANIFEST).read_text())["files"])
-    assert verify(copy, "anything") == [PASSED]
+    assert verify(copy, "doge-20m") == [PASSED]
     assert victim.read_text() == "precious"
     assert read_artifact(copy).files.keys() == listed | {"verification.json"}
     assert (copy / "notes.txt").read_text() == "mine"
@@ -76,7 +76,7 @@ def test_files_written_again_leave_their_other_names_alone(copy, tmp_path, monke
     monkeypatch.setattr("export.api.check_artifact", lambda *_: [PASSED])
     before = (copy / MANIFEST).read_bytes()
     os.link(copy / MANIFEST, tmp_path / "kept")
-    verify(copy, "anything")
+    verify(copy, "doge-20m")
     assert (tmp_path / "kept").read_bytes() == before
     assert (copy / MANIFEST).read_bytes() != before
 
@@ -86,7 +86,7 @@ def test_a_source_that_an_artifact_names_is_loaded_from_this_machine_only(copy, 
     def refuse(*_):
         raise AssertionError("the source was loaded")
 
-    monkeypatch.setattr("export.api.load_model", refuse)
+    monkeypatch.setattr("export.api.Source", refuse)
     (copy / "verification.json").write_text(json.dumps({"source": {"source": source, "seed": 0}}))
     rewrite(copy, lambda manifest: manifest["files"].update({"verification.json": _entry(copy / "verification.json")}))
     with pytest.raises(ExportError, match=rf"names the source '{source}'.*--source"):

@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: found, kept to the directory itself, and read with errors that name them."""
+"""The files of a checkpoint: found here or on the hub, and read with errors that name them."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from wm_models.checkpoint.errors import CheckpointError
+from wm_models.checkpoint.folder import CheckpointFolder
+
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # of a file of the directory itself
 
@@ -17,11 +20,17 @@ Values = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or not of this model; one line that names what is wrong, all of it."""
+def open_checkpoint(source: Any, options: dict[str, Any]) -> CheckpointFolder:
+    """The opened directory of `source`: a directory's path, a hub model's name, or a directory that is opened already.
+
+    `options`: the hub's among those of `from_pretrained`. Raises `CheckpointError`.
+    """
+    if isinstance(source, CheckpointFolder):
+        return source
+    return CheckpointFolder(_local_directory(os.fspath(source), options))
 
 
-def local_directory(source: str, options: dict[str, Any]) -> Path:
+def _local_directory(source: str, options: dict[str, Any]) -> Path:
     if os.path.isdir(source):
         return Path(source)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
@@ -41,73 +50,59 @@ def local_directory(source: str, options: dict[str, Any]) -> Path:
         ) from error
 
 
-def read_index(directory: Path) -> Values | None:
+def read_index(folder: CheckpointFolder) -> Values | None:
     """What says in which files the tensors are, where those are several."""
-    if not (directory / INDEX).exists() or (directory / WHOLE).exists():  # transformers reads the whole file first
+    if folder.has(WHOLE) or not folder.has(INDEX):  # transformers reads the whole file first
         return None
-    return read_json(directory, INDEX)
+    return read_json(folder, INDEX)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights, each of them in the directory itself."""
-    index = read_index(directory)
-    if index is None:
-        return [own_file(directory, WHOLE)]
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{directory / INDEX}: has no weight_map; save the checkpoint again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise CheckpointError(
-                f"{directory / INDEX}: {SHORT.repr(name)} lies outside the checkpoint or is no plain name; "
-                "expected files of the directory itself"
-            )
-    return [own_file(directory, name) for name in sorted(set(weight_map.values()))]
+def weight_files(folder: CheckpointFolder) -> list[str]:
+    """The names of the files that hold the weights, each of them in the directory itself; they are opened."""
+    index = read_index(folder)
+    names = {WHOLE}
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{folder.path / INDEX}: has no weight_map; save the checkpoint again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"{folder.path / INDEX}: {SHORT.repr(name)} lies outside the checkpoint or is no plain name; "
+                    "expected files of the directory itself"
+                )
+        names = set(weight_map.values())
+    missing = [name for name in sorted(names) if not folder.has(name)]
+    if missing:
+        pickled = [name for name in folder.names() if name.endswith(".bin")]
+        hint = f"; {pickled[0]} is a pickle: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{folder.path / missing[0]}: no such file; expected the checkpoint's weights{hint}")
+    return sorted(names)
 
 
-def own_file(directory: Path, name: str) -> Path:
-    """A file of the directory, not opened yet. Raises `CheckpointError` where it is a link to elsewhere, or no file.
-
-    The hub's cache keeps every file as a link from `snapshots/*/` to `blobs/` beside it; those are its own.
-    """
-    path, real = directory / name, directory.resolve()
-    roots = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
-    target = Path(os.path.realpath(path))  # which, unlike resolve(), takes a link to itself
-    if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{path}: is a link out of the checkpoint, to {target}; copy the file itself")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is no plain file; expected one of the checkpoint's own")
-    return path
-
-
-def stored_shapes(directory: Path) -> Shapes:
+def stored_shapes(folder: CheckpointFolder) -> Shapes:
     """Every stored tensor's shape, by name."""
     shapes: Shapes = {}
-    for path in weight_files(directory):
-        if not path.exists():
-            pickled = sorted(file.name for file in directory.glob("*.bin"))
-            hint = f"; {pickled[0]} is a pickle: convert it to safetensors" if pickled else ""
-            raise CheckpointError(f"{path}: no such file; expected the checkpoint's weights{hint}")
+    for name in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(folder.link(name), framework="pt") as file:
                 shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
         except Exception as error:  # safetensors raises its own kind for a header, OSError for the rest
             raise CheckpointError(
-                f"{path}: truncated or damaged ({one_line(error)}); copy or download it again"
+                f"{folder.path / name}: truncated or damaged ({one_line(error)}); copy or download it again"
             ) from error
     return shapes
 
 
-def read_json(directory: Path, name: str) -> Values:
-    path = own_file(directory, name)
-    if not path.exists():
+def read_json(folder: CheckpointFolder, name: str) -> Values:
+    """A JSON file's object. Raises `CheckpointError`."""
+    path = folder.path / name
+    if not folder.has(name):
         raise CheckpointError(f"{path}: no such file; expected a checkpoint directory with a config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(folder.read(name).decode())
     except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: is a {type(values).__name__}; expected a JSON object")
     return values

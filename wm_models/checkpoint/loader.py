@@ -5,7 +5,6 @@ wrong with it is named, before a weight is read.
 """
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,21 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from wm_models.checkpoint.errors import CheckpointError
 from wm_models.checkpoint.files import (
     CONFIG,
     SHORT,
-    CheckpointError,
     Shapes,
     Values,
-    local_directory,
     one_line,
+    open_checkpoint,
     read_index,
     read_json,
     shown,
     stored_shapes,
     weight_files,
 )
+from wm_models.checkpoint.folder import CheckpointFolder
 from wm_models.checkpoint.formats import FORMATS, Format, State
 from wm_models.configuration import DogeConfig
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 class Checkpoint:
     """A directory whose tensors were found to be those of a model."""
 
-    directory: Path
+    folder: CheckpointFolder
     format: Format
     config: DogeConfig
     names: dict[str, str]  # stored name of each tensor to load, by the model's name
@@ -53,21 +53,21 @@ class Checkpoint:
     def is_plain(self) -> bool:
         """Whether transformers can load the files as they are; it takes no index without metadata."""
         own = not self.format.names and self.format.convert is None and not self.inherited
-        index = read_index(self.directory)
+        index = read_index(self.folder)
         return own and (index is None or isinstance(index.get("metadata"), dict))
 
     def state(self) -> State:
         """Every tensor under the model's own name; experts that join an MLP start with nothing to add."""
         stored: State = {}
-        for path in weight_files(self.directory):
-            with safe_open(path, framework="pt") as file:
+        for file_name in weight_files(self.folder):
+            with safe_open(self.folder.link(file_name), framework="pt") as file:
                 stored.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         state = {name: stored[key] for name, key in self.names.items()}
         if self.format.convert is not None:
             try:
                 self.format.convert(state, self.values)
             except ValueError as error:
-                raise CheckpointError(f"{self.directory}: {error}") from error
+                raise CheckpointError(f"{self.folder.path}: {error}") from error
         for name in self.inherited:
             if name.endswith("up_embed.weight"):
                 state[name] = torch.zeros(self.config.num_experts, self.config.hidden_size)
@@ -75,14 +75,13 @@ class Checkpoint:
 
 
 def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: dict[str, Any]) -> Checkpoint:
-    """Recognise the checkpoint in `source`, a local directory or a hub model, as one of `model_class`.
+    """Recognise the checkpoint in `source`, a directory, opened or not, or a hub model, as one of `model_class`.
 
     `options` are `from_pretrained`'s: the hub's (`revision`, `token`, `cache_dir`, `local_files_only`), `config`, and
     fields that are set over config.json's. Raises `CheckpointError`.
     """
-    directory = local_directory(os.fspath(source), options)
-    values = read_json(directory, CONFIG)
-    stored = stored_shapes(directory)
+    folder = open_checkpoint(source, options)
+    directory, values, stored = folder.path, read_json(folder, CONFIG), stored_shapes(folder)
     candidates = _candidates(model_class, directory, values, stored)
     near: list[tuple[int, Format, str]] = []
     for format in candidates:
@@ -94,7 +93,7 @@ def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: di
         found, faults = _compare(names, expected, stored, optional | inherited)
         if not found:
             loaded = {name: key for name, key in names.items() if key in stored}
-            checkpoint = Checkpoint(directory, format, config, loaded, inherited, values)
+            checkpoint = Checkpoint(folder, format, config, loaded, inherited, values)
             note = f", whose MLPs get {config.num_experts} experts" if inherited else ""
             log.info("%s: a checkpoint of format %s%s", directory, format.name, note)
             return checkpoint
