@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from export.errors import ExportError
-from export.source import load_model
+from export.source import Source
 from export.verification.reference import eager_logits
 from runtime.evaluation.scorers import PIECE
 from wm_models.decoder import DecoderForCausalLM
@@ -18,11 +18,11 @@ from wm_models.decoder import DecoderForCausalLM
 class EagerScorer:
     """A checkpoint's model in float32 on the CPU; see `runtime.evaluation.scorers.Scorer`.
 
-    `source` and `seed` are what `load_model` takes. Raises `ExportError` for a classifier, and what that raises.
+    `source` and `seed`: see `export.source.Source`. Raises `ExportError` for a classifier, and what that raises.
     """
 
     def __init__(self, source: str, seed: int = 0):
-        model = load_model(source, seed)
+        model = Source(source, seed).load_model()
         if not isinstance(model, DecoderForCausalLM):
             raise ExportError(f"{source}: is a classifier, which predicts no text; name a language model")
         self.model, self.name = model, source
