@@ -35,7 +35,7 @@ NEW = 48
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     send_no_usage()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -186,6 +186,17 @@ def test_a_stream_arrives(url, alone):
     pieces = [piece.choices[0].text for piece in stream]
     assert "".join(pieces) == solo(alone, PROMPTS[0], NEW, Sampling(0.8, seed=1))
     assert len(pieces) > NEW // 2
+
+
+def test_another_artifact_is_another_application(url, artifact):
+    serve.run(application({"artifact": str(artifact), "name": "other"}), name="other", route_prefix="/other")
+    try:
+        assert httpx.get(f"{url}/other/v1/models").json()["data"][0]["id"] == "other"
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "doge"
+        client = openai.OpenAI(base_url=f"{url}/other/v1", api_key="none")
+        assert client.completions.create(model="other", prompt="x", max_tokens=2).usage.completion_tokens == 2
+    finally:
+        serve.delete("other")
 
 
 def test_a_replica_that_is_killed_costs_no_request(url, artifact):
