@@ -55,7 +55,8 @@ class Guard:
 
     def _check_key(self, scope: Scope) -> None:
         key = self.service.key
-        if key is None or scope["path"] in OPEN:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where the application is mounted
+        if key is None or path in OPEN:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + key):

@@ -188,12 +188,16 @@ def test_a_stream_arrives(url, alone):
     assert len(pieces) > NEW // 2
 
 
-def test_another_artifact_is_another_application(url, artifact):
-    serve.run(application({"artifact": str(artifact), "name": "other"}), name="other", route_prefix="/other")
+def test_another_artifact_is_another_application(url, artifact, tmp_path):
+    (tmp_path / "key").write_text("s3cret")
+    arguments = {"artifact": str(artifact), "name": "other", "api_key_file": str(tmp_path / "key")}
+    serve.run(application(arguments), name="other", route_prefix="/other")
     try:
-        assert httpx.get(f"{url}/other/v1/models").json()["data"][0]["id"] == "other"
+        assert httpx.get(f"{url}/other/health").json() == {"status": "alive"}
+        assert httpx.get(f"{url}/other/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "doge"
-        client = openai.OpenAI(base_url=f"{url}/other/v1", api_key="none")
+        client = openai.OpenAI(base_url=f"{url}/other/v1", api_key="s3cret")
+        assert client.models.list().data[0].id == "other"
         assert client.completions.create(model="other", prompt="x", max_tokens=2).usage.completion_tokens == 2
     finally:
         serve.delete("other")
