@@ -1,5 +1,6 @@
 """Lower a model to an artifact that `runtime` loads, and compare it with the eager model."""
 
+import logging
 from importlib.metadata import version
 
 from export.api import build_tensorrt, export_onnx, sign, verify
@@ -22,3 +23,5 @@ __all__ = [
     "sign",
     "verify",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the application wants to hear

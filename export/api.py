@@ -1,7 +1,9 @@
 """What Python programs call: one function a command of wm-export."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from export.package.directory import revising
@@ -12,13 +14,15 @@ from export.targets.base import write_artifact
 from export.targets.onnx_artifact import ONNX, OnnxOptions
 from export.targets.registry import find_target
 from export.targets.tensorrt import TENSORRT, TensorRTOptions
-from export.verification.comparison import Comparison
+from export.verification.comparison import Comparison, summary
 from export.verification.judging import Expected, check_artifact
 from export.verification.record import read_origin, record_comparisons
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import MANIFEST, parse_manifest
 from runtime.artifact.signature import SIGNATURE
 from runtime.backends.tensorrt_entry import ENGINES
+
+log = logging.getLogger(__name__)
 
 __all__ = ["build_tensorrt", "export_onnx", "sign", "verify"]
 
@@ -70,7 +74,7 @@ def verify(directory: str | Path, source: str | None = None, *, progress: Progre
     that passes again stays as it is; where the verdict changes, the signature is removed.
     Raises `runtime.ArtifactError` for a damaged artifact, `ExportError` where there is no source to compare with.
     """
-    artifact = read_artifact(Path(directory), allow_unverified=True)
+    began, artifact = monotonic(), read_artifact(Path(directory), allow_unverified=True)
     origin = read_origin(artifact, source)
     target, opened = find_target(origin.target), Source(origin.source, origin.seed)
     with revising(artifact) as new:
@@ -81,4 +85,5 @@ def verify(directory: str | Path, source: str | None = None, *, progress: Progre
             manifest = parse_manifest(artifact.manifest, artifact.path / MANIFEST)
             origin = replace(origin, files=opened.hashes())
             record_comparisons(new, manifest, origin, comparisons, artifact.files)
+    log.info("verified %s against %s: %s, %.1f s", directory, origin.source, summary(comparisons), monotonic() - began)
     return comparisons

@@ -1,5 +1,6 @@
 """Where a model comes from: a checkpoint directory, a hub model, the shipped one, or a preset's name."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -33,6 +34,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+log = logging.getLogger(__name__)
+
 
 class Source:
     """What a model is made of: an opened checkpoint, or a preset's name and the seed of its random weights.
@@ -52,6 +55,8 @@ class Source:
                     f"{place}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}"
                 )
             self.folder = open_checkpoint(place, {})
+        what = f"preset, seed {seed}" if self.folder is None else f"checkpoint in {self.folder.path}"
+        log.info("source %s: %s", name, what)
 
     def load_model(self) -> DecoderWithHead:
         """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so."""

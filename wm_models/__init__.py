@@ -1,5 +1,6 @@
 """Doge and Cheems, the language models of the "Wonderful Matrices" paper (arXiv 2412.11834), written for compilers."""
 
+import logging
 from importlib.metadata import version
 
 from wm_models.checkpoint.errors import CheckpointError
@@ -38,3 +39,5 @@ __all__ = [
     "shipped_checkpoint",
     "shipped_tokenizer",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the application wants to hear

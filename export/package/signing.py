@@ -1,5 +1,6 @@
 """Sign an artifact's manifest, which holds every other file's hash."""
 
+import logging
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -10,6 +11,8 @@ from export.errors import ExportError
 from export.package.directory import revising, write_file
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.signature import SIGNATURE
+
+log = logging.getLogger(__name__)
 
 
 def sign(directory: str | Path, key: str | Path) -> Path:
@@ -27,4 +30,5 @@ def sign(directory: str | Path, key: str | Path) -> Path:
         raise ExportError(f"{key}: is a {type(private).__name__}; expected an Ed25519 private key")
     with revising(artifact) as new:
         write_file(new / SIGNATURE, private.sign(artifact.manifest))
+    log.info("signed %s", directory)
     return directory / SIGNATURE

@@ -1,6 +1,8 @@
 """What a target is: how an artifact is written, and how it is loaded to compare it with the eager model."""
 
+import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from export.package.directory import check_free, replacing
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
 from export.source import Source
-from export.verification.comparison import Comparison
+from export.verification.comparison import Comparison, summary
 from export.verification.judging import Expected, check_artifact
 from export.verification.record import Origin, record_comparisons
 from runtime.artifact.manifest import Artifact, Manifest
@@ -20,6 +22,7 @@ from runtime.backends.registry import BACKENDS
 from wm_models.decoder import DecoderWithHead
 
 Options = TypeVar("Options")
+log = logging.getLogger(__name__)
 
 
 class Table(NamedTuple):
@@ -137,12 +140,21 @@ def write_artifact(
     `force` replaces what `out` holds once the new artifact is whole. An artifact that fails a comparison is kept for
     inspection, but loads only with `allow_unverified=True`. Raises `ExportError`, `wm_models.CheckpointError`, OSError.
     """
-    out = Path(out)
-    check_free(out, force)  # before any work is done
-    with replacing(out, force) as directory:
-        draft = Draft(directory, os.fspath(source), seed, progress)
-        comparisons = write_verified(target, draft, options)
-        return Written(draft.manifest, comparisons)
+    out, began = Path(out), time.monotonic()
+    try:
+        check_free(out, force)  # before any work is done
+        with replacing(out, force) as directory:
+            draft = Draft(directory, os.fspath(source), seed, progress)
+            comparisons = write_verified(target, draft, options)
+    except Exception as error:
+        log.warning("refused to export %s to %s with target %s: %s", source, out, target.name, error)
+        raise
+    seconds, graph = time.monotonic() - began, draft.manifest.graph
+    log.info(
+        "exported %s to %s: target %s, %s, quantization %s, %s, %.1f s",
+        source, out, target.name, graph.dtype, graph.quantization, summary(comparisons), seconds,
+    )  # fmt: skip
+    return Written(draft.manifest, comparisons)
 
 
 def write_verified(target: Target[Options], draft: Draft, options: Options) -> list[Comparison]:

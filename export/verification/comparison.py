@@ -63,6 +63,14 @@ def compare(case: Case, expected: list[np.ndarray], found: list[np.ndarray], kl_
     )  # fmt: skip
 
 
+def summary(verdicts: Sequence[Comparison]) -> str:
+    """One line on what verification found; none is compared where an artifact was verified before."""
+    if not verdicts:
+        return "nothing to compare"
+    passed = all(verdict.passed for verdict in verdicts)
+    return f"{len(verdicts)} checks passed" if passed else worst(verdicts)
+
+
 def worst(verdicts: Sequence[Comparison]) -> str:
     """One line on the case that failed by most."""
     failed = [verdict for verdict in verdicts if not verdict.passed]

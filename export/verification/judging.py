@@ -3,6 +3,7 @@
 The artifact is opened as its target says. B batch (slots), S tokens, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Session
 from wm_models.decoder import DecoderWithHead
 
+log = logging.getLogger(__name__)
 Opener: TypeAlias = Callable[[Artifact], Session]
 
 
@@ -139,6 +141,9 @@ def judge(
     """Run a case and compare. What does not run agrees with nothing."""
     try:
         found = run_case(engine, case, sequences)
-    except ArtifactError:
+    except ArtifactError as error:
+        log.warning("%s did not run: %s", case.name, error)
         found = [np.full_like(rows, np.nan) for rows in expected]
-    return compare(case, expected, found, kl_limit)
+    comparison = compare(case, expected, found, kl_limit)
+    log.log(logging.DEBUG if comparison.passed else logging.WARNING, "%s", comparison)
+    return comparison

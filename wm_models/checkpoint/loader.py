@@ -80,7 +80,14 @@ def find_checkpoint(model_class: type[PreTrainedModel], source: Any, options: di
     `options` are `from_pretrained`'s: the hub's (`revision`, `token`, `cache_dir`, `local_files_only`), `config`, and
     fields that are set over config.json's. Raises `CheckpointError`.
     """
-    folder = open_checkpoint(source, options)
+    try:
+        return _recognised(model_class, open_checkpoint(source, options), options)
+    except CheckpointError as error:
+        log.warning("refused to load a %s: %s", model_class.__name__, error)
+        raise
+
+
+def _recognised(model_class: type[PreTrainedModel], folder: CheckpointFolder, options: dict[str, Any]) -> Checkpoint:
     directory, values, stored = folder.path, read_json(folder, CONFIG), stored_shapes(folder)
     candidates = _candidates(model_class, directory, values, stored)
     near: list[tuple[int, Format, str]] = []

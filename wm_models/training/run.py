@@ -7,12 +7,14 @@ OUT/checkpoints/checkpoint-N                      where --resume goes on
 OUT/logs                                          for TensorBoard
 """
 
+import logging
 import math
 import os
 import resource
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +51,8 @@ from wm_models.training.trainer import (
     sweep,
     training_arguments,
 )
+
+log = logging.getLogger(__name__)
 
 MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,6 +150,17 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
 
     Returns what training.json holds. Under torchrun every process calls it alike. Raises `TrainingError`.
     """
+    began = time.monotonic()
+    try:
+        values = _train(recipe, out, resume, console)
+    except TrainingError as error:
+        log.warning("refused to train into %s: %s", out, error)
+        raise
+    log.info("%s finished in %.1f s", out, time.monotonic() - began)
+    return values
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, console: Console | None) -> dict[str, Any]:
     recipe, asked = with_precision(recipe, out / RECIPE if resume else None), recipe.precision
     arguments = training_arguments(recipe, out / "checkpoints", trial=False)
     first = arguments.process_index == 0
@@ -164,6 +179,11 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
         console.print(PRECISION_LINES[recipe.precision])
     checkpoints = out / "checkpoints"
     last, finished = last_checkpoint(checkpoints), checkpoints / f"checkpoint-{recipe.steps}"
+    log.info(
+        "%s: %s, %d steps, %s, %s, %d documents, %d tokens, process %d of %d",
+        out, f"resumed from {last}" if last else "begun", recipe.steps, recipe.preset, recipe.precision,
+        len(data.train), data.train_rows.targets, arguments.process_index, arguments.world_size,
+    )  # fmt: skip
     if not finished.exists():
         trainer, progress = _trainer(recipe, arguments, config, data, console, out / "logs" if first else None)
         try:

@@ -1,7 +1,9 @@
 """transformers' Trainer, held to what a compiled run needs: one graph, shapes that never change, whole checkpoints."""
 
+import logging
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,8 @@ from runtime.host.disk import settle, sync
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import Recipe
 from wm_models.training.rows import Rows
+
+log = logging.getLogger(__name__)
 
 STAGING = ".unfinished"
 KEPT_CHECKPOINTS = 2
@@ -187,13 +191,14 @@ class RowTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under another name, and give it its own once every process has written its part."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(self.args.output_dir or "")
+        folder, began = Path(self.args.output_dir or ""), time.monotonic()
         self.saving = True
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # what writes weights, tokenizer and optimizer raises kinds of its own
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             last = last_checkpoint(folder)
+            log.warning("%s could not be written: %s", folder / name, error)
             raise TrainingError(
                 f"{folder / name}: cannot be written: {error}. The last good checkpoint is {last}"
             ) from error
@@ -206,4 +211,5 @@ class RowTrainer(Trainer):
             (folder / STAGING / name).rename(folder / name)
             sync(folder)
             sweep(folder)
+            log.info("%s written in %.1f s", folder / name, time.monotonic() - began)
         self.accelerator.wait_for_everyone()
