@@ -62,6 +62,8 @@ class DogeConfig(transformers.DogeConfig):
             raise ValueError(f"expert_routing is {self.expert_routing!r}; expected one of {', '.join(ROUTINGS)}")
         if self.is_moe:
             self._check_experts()
+        else:
+            self.router_aux_loss_coef = 0.0  # trainers of others' take any other number for a router's presence
 
     def _check_experts(self) -> None:
         _check_multiple("num_experts_per_tok", self.num_experts_per_tok, "num_expert_heads", self.num_expert_heads)
@@ -144,11 +146,15 @@ class DogeConfig(transformers.DogeConfig):
         values = super().to_dict()
         if type(self) is DogeConfig and not self.beyond_transformers:
             values["model_type"] = transformers.DogeConfig.model_type
-        return values
+        return self._without_router(values)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and always the routing, whose absence means something else."""
-        return {**super().to_diff_dict(), "expert_routing": self.expert_routing}
+        return self._without_router({**super().to_diff_dict(), "expert_routing": self.expert_routing})
+
+    def _without_router(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Without the loss of a router where there is none: experts that join the model have the default."""
+        return {name: value for name, value in values.items() if self.is_moe or name != "router_aux_loss_coef"}
 
 
 @strict

@@ -50,6 +50,20 @@ def test_training_forward_and_backward(model, tokens):
         model.zero_grad()
 
 
+@pytest.mark.parametrize("changes", [{}, {"keep_window_size": 24}], ids=["all keys", "blocks"])
+def test_checkpointed_layers_have_the_gradients_of_eager_ones(changes, tokens):
+    """Each layer, or each block's attention, is computed again in the backward pass."""
+    model = ours(rival(num_hidden_layers=2), expert_routing="token", **changes).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        forward(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
 @torch.no_grad()
 def test_prefill(model, tokens):
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

@@ -173,6 +173,9 @@ def attend_packed(
         query = torch.cat([query_side.expand(*query.shape[:2], -1, -1), query], dim=-1)
         key = torch.cat([key_side.expand(*key.shape[:2], -1, -1), key], dim=-1)
         value = F.pad(value, (0, key_side.shape[-1]))
+    if key.shape[1] != heads and query.device.type == "cpu" and torch.is_grad_enabled():
+        # Inductor (PyTorch 2.13) gives wrong gradients of grouped heads where a checkpoint computes them again
+        key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,
