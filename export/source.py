@@ -2,7 +2,10 @@
 
 import logging
 import os
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,11 +37,15 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+ADAPTER, ADAPTER_WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_model_name_or_path"
+
 log = logging.getLogger(__name__)
 
 
 class Source:
     """What a model is made of: an opened checkpoint, or a preset's name and the seed of its random weights.
+
+    A directory with PEFT's adapter is a source over another one, its `base`, which adapter_config.json names.
 
     The checkpoint's directory and files are opened once, so that the model, its texts and its hashes are of the same
     bytes, whatever is renamed meanwhile. `name`: a directory, the shipped model's name, a preset's or a hub model's; a
@@ -49,12 +56,16 @@ class Source:
         self.name, self.seed = name, seed
         place = _resolve(name)
         self.folder: CheckpointFolder | None = None
+        self.base: Source | None = None
         if os.path.isdir(place) or place not in PRESETS:
             if not os.path.isdir(place) and "/" not in place:
                 raise ExportError(
                     f"{place}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}"
                 )
-            self.folder = open_checkpoint(place, {})
+            adapter = _open_adapter(place)
+            self.folder = adapter or open_checkpoint(place, {})
+            if adapter is not None:
+                self.base = Source(_base_name(adapter), seed)
         what = f"preset, seed {seed}" if self.folder is None else f"checkpoint in {self.folder.path}"
         log.info("source %s: %s", name, what)
 
@@ -62,6 +73,8 @@ class Source:
         """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so."""
         if self.folder is None:
             return create(self.name, self.seed)
+        if self.base is not None:
+            return _merge(self.base.load_model(), self.folder)
         values = read_json(self.folder, CONFIG)
         hybrid, names = config_class(values.get("model_type")) is CheemsConfig, values.get("architectures")
         model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
@@ -77,6 +90,8 @@ class Source:
 
     def copy_texts(self, model: DecoderWithHead, out: Path) -> None:
         """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
+        if self.base is not None:  # its files, and in their place those that lie with the adapter
+            self.base.copy_texts(model, out)
         model.config.save_pretrained(out)
         shipped = self.folder is None and has_tokenizer(self.name)
         folder = CheckpointFolder(ASSETS) if shipped else self.folder
@@ -96,7 +111,43 @@ class Source:
             return {}
         found = {name: file_hash(Path(self.folder.link(name))) for name in self.folder.opened()}
         self.folder.check_unchanged()
+        if self.base is not None:
+            found |= {f"{self.base.name}/{name}": value for name, value in self.base.hashes().items()}
         return found
+
+
+def _open_adapter(place: str) -> CheckpointFolder | None:
+    """The directory of a PEFT adapter, with its files opened; None where `place` is none."""
+    if not os.path.isdir(place):
+        return None
+    folder = CheckpointFolder(Path(place))
+    if folder.has(CONFIG) or not folder.has(ADAPTER):
+        return None
+    if not folder.has(ADAPTER_WEIGHTS):
+        raise ExportError(f"{place}: is a PEFT adapter without {ADAPTER_WEIGHTS}; save it with save_pretrained")
+    return folder
+
+
+def _base_name(adapter: CheckpointFolder) -> str:
+    """The source that the adapter was trained over; a relative path is one of the working directory."""
+    base = read_json(adapter, ADAPTER).get(BASE)
+    if not isinstance(base, str) or not base:
+        raise ExportError(f"{adapter.path / ADAPTER}: {BASE} is {base!r}; expected the checkpoint it is for")
+    return base
+
+
+def _merge(model: DecoderWithHead, adapter: CheckpointFolder) -> DecoderWithHead:
+    """The model with the adapter's changes in its weights."""
+    if find_spec("peft") is None:
+        raise ExportError(f"{adapter.path}: is a PEFT adapter; pip install 'wm-models[tune]' to read it")
+    peft: Any = import_module("peft")
+    with adapter.view() as directory:
+        try:
+            merged = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
+        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExportError(f"{adapter.path}: does not fit {model.config.name_or_path}: {reason}") from error
+    return merged.eval()
 
 
 def _resolve(source: str) -> str:
@@ -104,5 +155,9 @@ def _resolve(source: str) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset."""
+    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset; of an adapter, its base
+    too."""
+    adapter = _open_adapter(source)
+    if adapter is not None:
+        return is_local(_base_name(adapter))
     return source == TRAINED or source in PRESETS or os.path.isdir(source)

@@ -81,7 +81,9 @@ class Target(ABC, Generic[Options]):
     name: ClassVar[str]
     help: ClassVar[str]
     options: type[Options]
-    source_help: ClassVar[str] = "A checkpoint directory, the shipped model, or a preset's name for random weights."
+    source_help: ClassVar[str] = (
+        "The directory of a checkpoint or of a PEFT adapter, the shipped model, or a preset's name for random weights."
+    )
 
     @abstractmethod
     def write(self, draft: Draft, options: Options) -> Expected | None:
