@@ -12,7 +12,7 @@ CPU = ("onnxruntime",)
 MODELS = ("einx", "huggingface_hub", "safetensors", "torch", "transformers")
 EXTRAS = {
     "cpu": CPU,
-    "export": (*MODELS, "matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"),
+    "export": (*MODELS, "jinja2", "matplotlib", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"),
     "train": (*MODELS, "accelerate", "datasets", "matplotlib", "pyarrow", "tensorboard", "tomli_w"),
 }
 

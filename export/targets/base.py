@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from export.package.directory import check_free, replacing
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
+from export.reporting.document import write_report
 from export.source import Source
 from export.verification.comparison import Comparison, summary
 from export.verification.judging import Expected, check_artifact
@@ -39,6 +40,7 @@ class Draft:
 
     `source` and `seed` say where the model comes from. `manifest`: what manifest.json will say, but for the list of
     files and the verdict; a target sets it, and adds its own section. `opened`: see `open_source`.
+    `report`: whether report.html is to lie beside the graph, which a target's options may ask for.
     """
 
     directory: Path
@@ -47,6 +49,7 @@ class Draft:
     progress: Progress = SILENT
     opened: Source | None = None
     manifest: Manifest = field(init=False)
+    report: bool = field(default=False, init=False)
 
     def open_source(self) -> Source:
         """What the model is made of, which is opened once."""
@@ -102,7 +105,11 @@ class Target(ABC, Generic[Options]):
             return []
         write_manifest(draft.directory, draft.manifest, verified=False)
         comparisons = check_artifact(draft.directory, expected, self.open, draft.progress)
-        record_comparisons(draft.directory, draft.manifest, draft.origin(self.name), comparisons)
+        origin = draft.origin(self.name)
+        if draft.report:
+            names = [path.name for path in draft.directory.iterdir()]
+            write_report(draft.directory, draft.manifest, origin, comparisons, names)
+        record_comparisons(draft.directory, draft.manifest, origin, comparisons)
         return comparisons
 
     def open(self, artifact: Artifact) -> Session:

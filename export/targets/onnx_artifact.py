@@ -55,6 +55,9 @@ class OnnxOptions:
     capacity: int | None = option(
         None, f"Also write {FIXED}, whose caches have room for exactly so many tokens, as TensorRT wants them."
     )
+    report: bool = option(
+        False, "Write report.html into the artifact: verification, quality and sizes on one page.", flag="--report"
+    )  # fmt: skip
     spare: int = SPARE
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class OnnxTarget(Target[OnnxOptions]):
             save_graph(graph, draft.directory, contract.dtype, contract.quantization)
             if options.capacity is not None:
                 write_fixed(draft.directory, contract, options.capacity)
-        draft.manifest = describe(graph, config, parameters, contract)
+        draft.manifest, draft.report = describe(graph, config, parameters, contract), options.report
         return expected
 
 
