@@ -245,7 +245,7 @@ class Engine(Slots):
         A graph with the logits of every token (`wm-export onnx --logits all`) gives them all at once, another one by
         one. Raises `RequestError`.
         """
-        (event,) = self.events(Request(ids, 0, prompt_logprobs=True, text=False))
+        (event,) = self.events(Request(ids, 0, prompt_logprobs=1, text=False))
         return np.array([each.logprob for each in event.prompt_logprobs or () if each is not None])
 
     def classify(self, inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> np.ndarray:

@@ -184,13 +184,15 @@ class Scheduler:
 
     def _piece(self, sequence: Sequence) -> int:
         """How many tokens of the prompt are computed next."""
-        if sequence.prompt_logprobs is not None and self.engine.graph.logits == "last":
-            return 1  # the logits of every token are wanted, and a step gives those of its last
-        return min(self.chunk, sequence.prompt_tokens - int(self._lengths[sequence.slot]))
+        done = int(self._lengths[sequence.slot])
+        if sequence.prompt_logprobs is None or self.engine.graph.logits == "all":
+            return min(self.chunk, sequence.prompt_tokens - done)
+        # the logits of each further token are wanted, and a step gives those of its last
+        return max(1, min(self.chunk, sequence.unscored - done))
 
     def _take_prefix(self, sequence: Sequence) -> None:
         """Begin with cache rows that are kept of earlier prompts."""
-        blocks = self._prefixes.find(sequence.ids) if sequence.shares else []
+        blocks = self._prefixes.find(sequence.ids[: sequence.unscored + 1]) if sequence.request.reuse else []
         self._make_room(len(blocks) * self.chunk)
         for index, rows in enumerate(blocks):
             self.engine.session.write_rows(sequence.slot, index * self.chunk, rows)
@@ -205,12 +207,13 @@ class Scheduler:
         self._make_room(done + size)
         end = done + size
         # logits that nobody reads stay where they are
-        plain = sequence.prompt_logprobs is None and (sequence.plain or end < sequence.prompt_tokens)
+        scores = sequence.prompt_logprobs is not None and end > sequence.unscored
+        plain = not scores and (sequence.plain or end < sequence.prompt_tokens)
         rows = session.step_slot(slot, np.array(sequence.ids[done:end]), self._lengths, plain)
         self._lengths[slot] = end
-        if sequence.prompt_logprobs is not None:
-            sequence.note_prompt(rows, done)
-        elif sequence.shares and (key := self._prefixes.wants(sequence.ids[:end])):
+        if scores:
+            sequence.note_prompt(rows, end)
+        if sequence.request.reuse and (key := self._prefixes.wants(sequence.ids[:end])):
             kept = session.read_rows(slot, done, end)
             self.counters.unshared_pieces += kept is None
             if kept is not None:

@@ -1,7 +1,8 @@
 """An artifact as a model of lm-evaluation-harness (the package lm-eval): its tasks measure the deployed engine.
 
-Requests go through the scheduler, as many at a time as it has slots. Logprobs of given text need the logits of every
-token: an artifact that was exported with `--logits all` gives them a chunk at a time, another one token by token.
+Requests go through the scheduler, as many at a time as it has slots. A context is computed in chunks, and the whole
+chunks with which several contexts begin are computed once. Logprobs of given text need the logits of every token: an
+artifact that was exported with `--logits all` gives them a chunk at a time, another one token by token.
 """
 
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ class EngineLM(TemplateLM):
                     f"{self.max_length}, so export it with a larger --max-length"
                 )
             ids = (context + continuation)[-self.max_length - 1 :]
-            asked.append(Request(ids, 0, logprobs=1, prompt_logprobs=True, text=False))
+            start = max(1, len(ids) - len(continuation))
+            asked.append(Request(ids, 0, logprobs=1, prompt_logprobs=start, text=False))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for index, event in self._answers(asked, "loglikelihood", disable_tqdm):
             assert event.prompt_logprobs is not None

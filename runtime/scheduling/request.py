@@ -46,8 +46,9 @@ class Request:
     `ids`: the prompt. `max_new_tokens`: 0 asks for the prompt's logprobs alone. `stop`: strings before the first of
     which the text ends. `stop_ids`: tokens that end it beside the artifact's own. `logit_bias`: added to the logits of
     these ids. `logprobs`: with each token its logprob and those of this many most probable tokens. `prompt_logprobs`:
-    the same for each token of the prompt. `constraint`: an object of its own for each request. `reuse`: whether the
-    prompt may begin with cache rows of earlier prompts. `text`: whether events have text; ids alone are cheaper.
+    the same for the prompt's tokens from this index on, at least 1, for the first has none. `constraint`: an object of
+    its own for each request. `reuse`: whether the prompt may begin with cache rows of earlier prompts. `text`: whether
+    events have text; ids alone are cheaper.
     """
 
     ids: Sequence[int]
@@ -57,7 +58,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     reuse: bool = True
     text: bool = True
@@ -71,6 +72,8 @@ class Request:
             raise RequestError("a stop string is empty; expected at least one character")
         if self.logprobs is not None:
             as_integer(self.logprobs, "logprobs", 0, vocabulary)
+        if self.prompt_logprobs is not None:
+            as_integer(self.prompt_logprobs, "prompt_logprobs", 1, max(1, len(self.ids)))
         for token, bias in self.logit_bias.items():
             as_integer(token, "a token id of logit_bias", 0, vocabulary - 1)
             if not np.isfinite(bias):
@@ -84,10 +87,10 @@ class Event:
     `sequence`: the number that `begin` returned. `token`: None at an end without one (an end id, a cancellation, an
     error). `text`: whole characters that are certain now, which may be those of earlier tokens too. `logprob` and
     `top_logprobs` where the request asks for them. `prompt_logprobs`, in the first event alone: an entry a prompt
-    token, None for the first one. `ended_by`: the id that ended the sequence, which is no token of the answer, with its
-    logprob, where the request asks for logprobs. `finish_reason`: set in the last event, once; `error` says why where
-    it is "error". `prompt_tokens`, `new_tokens`, `reused_tokens`: usage so far; new tokens are those of events, reused
-    ones the prompt tokens that were not computed again.
+    token, None for those before the first that was asked for. `ended_by`: the id that ended the sequence, which is no
+    token of the answer, with its logprob, where the request asks for logprobs. `finish_reason`: set in the last event,
+    once; `error` says why where it is "error". `prompt_tokens`, `new_tokens`, `reused_tokens`: usage so far; new tokens
+    are those of events, reused ones the prompt tokens that were not computed again.
     """
 
     sequence: int

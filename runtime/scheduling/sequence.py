@@ -19,8 +19,7 @@ class Sequence:
     """What the scheduler knows of a request that it has taken.
 
     `ids`: the prompt and what was chosen since. `slot`: where its cache rows are, -1 while it waits. `room`: the most
-    new tokens. `plain`: whether the id of the largest logit is all that a step must bring. `shares`: whether it may
-    begin with other prompts' cache rows, and they with its own.
+    new tokens. `plain`: whether the id of the largest logit is all that a step must bring.
     """
 
     def __init__(self, number: int, request: Request, room: int, end_ids: Set[int], tokenizer: Tokenizer | None):
@@ -28,7 +27,8 @@ class Sequence:
         self.ids = list(request.ids)
         self.slot = -1
         self.reused = self.new = 0
-        self.prompt_logprobs: list[Logprob | None] | None = [None] if request.prompt_logprobs else None
+        start = request.prompt_logprobs
+        self.prompt_logprobs: list[Logprob | None] | None = None if start is None else [None for _ in range(start)]
         self.sampler = Sampler(request.sampling)
         self.plain = (
             request.sampling.greedy
@@ -36,7 +36,6 @@ class Sequence:
             and not request.logit_bias
             and request.constraint is None
         )
-        self.shares = request.reuse and not request.prompt_logprobs  # whose every token must be computed
         self._ends = {*end_ids, *request.stop_ids}
         self._stream = TextStream(tokenizer) if tokenizer is not None and (request.text or request.stop) else None
         self._stops = StopStrings(request.stop)
@@ -45,11 +44,19 @@ class Sequence:
     def prompt_tokens(self) -> int:
         return len(self.request.ids)
 
-    def note_prompt(self, rows: np.ndarray, done: int) -> None:
-        """Of logits (S, V) after `done` tokens of the prompt and each of the next, take the next tokens' logprobs."""
+    @property
+    def unscored(self) -> int:
+        """The prompt's first tokens, of which no step has to bring logits."""
+        start = self.request.prompt_logprobs
+        return self.prompt_tokens - 1 if start is None else start - 1
+
+    def note_prompt(self, rows: np.ndarray, end: int) -> None:
+        """Of logits (S, V) that end with those of the prompt's token `end` - 1, take the next tokens' logprobs."""
         assert self.prompt_logprobs is not None
-        for token, logits in zip(self.ids[done + 1 : done + 1 + len(rows)], rows, strict=False):
-            self.prompt_logprobs.append(logprob_of(logits, token, self.request.logprobs or 0))
+        for position, logits in enumerate(rows, end - len(rows) + 1):
+            if self.unscored < position < self.prompt_tokens:
+                known = logprob_of(logits, self.ids[position], self.request.logprobs or 0)
+                self.prompt_logprobs.append(known)
 
     def choose(self, logits: np.ndarray) -> Event:
         """Choose the next token from logits (V,), float32, which are only read."""

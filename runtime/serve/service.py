@@ -170,7 +170,7 @@ class Service:
             stop=call.stop,
             logit_bias=call.logit_bias,
             logprobs=call.logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=1 if prompt_logprobs else None,
             constraint=None if call.grammar is None else self.engine.constraints.start(call.grammar),
         )
 

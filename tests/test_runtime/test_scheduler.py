@@ -301,7 +301,7 @@ def test_the_prompts_logprobs(small):
     """A graph that has the last token's logits alone is stepped token by token."""
     ids = prompt(21)
     expected = scores(small, ids)
-    (events,) = collect(Scheduler(small, 3), [Request(ids, 2, logprobs=1, prompt_logprobs=True)])
+    (events,) = collect(Scheduler(small, 3), [Request(ids, 2, logprobs=1, prompt_logprobs=1)])
     assert events[0].prompt_logprobs[0] is None
     assert [each.token for each in events[0].prompt_logprobs[1:]] == ids[1:]
     np.testing.assert_allclose([each.logprob for each in events[0].prompt_logprobs[1:]], expected, atol=1e-5)
@@ -315,9 +315,25 @@ def test_the_prompts_logprobs_of_a_graph_that_has_them(engines):
     expected = scores(engine, ids)
     np.testing.assert_allclose(engine.score(ids), expected, atol=1e-5)
     scheduler = Scheduler(engine, 2, chunk=8)
-    first, second = collect(scheduler, [Request(ids, 0, prompt_logprobs=True), Request(ids, 3)])
+    first, second = collect(scheduler, [Request(ids, 0, prompt_logprobs=1), Request(ids, 3)])
     np.testing.assert_allclose([each.logprob for each in first[0].prompt_logprobs[1:]], expected, atol=1e-5)
     assert [event.token for event in second] == engine.generate_ids(ids, 3)
+
+
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_continuations_of_one_context_compute_it_once(engines, small, logits):
+    """From its start on the continuation is scored; what is before is computed in whole pieces and shared."""
+    engine = small if logits == "last" else engines("all logits")
+    context, ends = prompt(21), [[7, 8, 9], [9, 8], [5]]
+    expected = [scores(engine, context + end)[20:] for end in ends]
+    scheduler = Scheduler(engine, 1, chunk=8)
+    asked = [Request(context + end, 0, prompt_logprobs=21) for end in ends]
+    for (event,), wanted in zip(collect(scheduler, asked), expected, strict=True):
+        assert event.prompt_logprobs[:21] == (None,) * 21
+        np.testing.assert_allclose([each.logprob for each in event.prompt_logprobs[21:]], wanted, atol=1e-5)
+    assert scheduler.counters.reused_tokens == 2 * 16
+    with pytest.raises(RequestError, match="prompt_logprobs is '25'; expected an integer, 1 to 24"):
+        scheduler.begin(Request(context + ends[0], 0, prompt_logprobs=25))
 
 
 def test_a_second_turn_begins_where_the_first_was(engine):
