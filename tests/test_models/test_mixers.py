@@ -1,8 +1,10 @@
 """A sequence mixer that is registered from outside goes all the way: training, steps, export, verification, runtime."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import DynamicCache
 from runtime import load
 from wm_models import CheemsConfig, CheemsForCausalLM
 
+TESTS = Path(__file__).parents[1]
 HYBRID = {**SMALL, "attn_layer_period": 3, "attn_layer_offset": 1, "sequence_mixer": "average"}
 
 
@@ -59,7 +62,8 @@ def test_exported_verified_and_run(model, tokens, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     program = "import test_models.moving_average; from export.cli import main; main()"
     command = ["onnx", tmp_path / "checkpoint", "--out", tmp_path / "artifact", "--max-length", "120"]
-    subprocess.run([sys.executable, "-c", program, *command], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", program, *command], check=True, timeout=300, env=environment)
     manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert manifest["verified"] is True
     states = {state["input"]: state["shape"] for state in manifest["graph"]["states"]}

@@ -270,14 +270,13 @@ def test_compiled(corpus, tmp_path, monkeypatch):
         return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(Progressing, "on_step_end", strict)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
     torch._dynamo.reset()
     counters.clear()
     options = {"steps": 50, "evaluate_every": 20, "save_every": 25}
-    train(recipe(corpus, compile=True, **options), tmp_path / "compiled")
+    with torch._dynamo.config.patch(error_on_recompile=False):  # and whatever `strict` sets is undone
+        train(recipe(corpus, compile=True, **options), tmp_path / "compiled")
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # training and evaluation
-    torch._dynamo.config.error_on_recompile = False
     train(recipe(corpus, **options), tmp_path / "eager")
     assert curve(tmp_path / "compiled", 50) == pytest.approx(curve(tmp_path / "eager", 50), rel=1e-3)
 
@@ -350,10 +349,11 @@ def test_errors_are_one_line_and_exit_2(corpus, tmp_path, monkeypatch, capsys, a
 
 
 def test_a_preset_trains_with_its_own_recipe():
-    from wm_models import PRESETS
+    from wm_models import PRESETS, preset
     from wm_models.training.recipe import SHIPPED
 
     for name in PRESETS:
         found = Recipe.load(name, {"steps": 5})
-        assert (found.preset, found.steps, found.sequence_length) == (name, 5, 2048)
+        length = preset(name).max_position_embeddings
+        assert (found.preset, found.steps, found.sequence_length) == (name, 5, length)
     assert {*PRESETS, "doge-3m"} <= {path.stem for path in SHIPPED.glob("*.toml")}
