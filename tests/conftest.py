@@ -61,11 +61,13 @@ def ours(model: transformers.PreTrainedModel, **config: object) -> DogeForCausal
 
 @pytest.fixture(autouse=True)
 def process_as_found() -> Iterator[None]:
-    """No test, and so no call of this project, leaves denormals off in the caller's thread or a logger disabled."""
+    """No test leaves denormals off in the caller's thread, a logger disabled, or the compiler strict."""
     yield
     assert sys.float_info.min / 2 > 0, "denormals are taken for zero in this thread"
     disabled = [name for name in ("wm_models", "export", "runtime") if logging.getLogger(name).disabled]
     assert not disabled, f"loggers are disabled: {disabled}"
+    dynamo: Any = sys.modules.get("torch._dynamo.config")
+    assert dynamo is None or not dynamo.error_on_recompile, "torch._dynamo.config.error_on_recompile is set"
 
 
 @pytest.fixture(scope="session")

@@ -273,11 +273,11 @@ def test_compiled(corpus, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     options = {"steps": 50, "evaluate_every": 20, "save_every": 25}
-    with torch._dynamo.config.patch(error_on_recompile=False):  # and whatever `strict` sets is undone
+    with torch._dynamo.config.patch(error_on_recompile=False):  # and what `strict` sets is undone
         train(recipe(corpus, compile=True, **options), tmp_path / "compiled")
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 2  # training and evaluation
-    train(recipe(corpus, **options), tmp_path / "eager")
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 2  # training and evaluation
+        train(recipe(corpus, **options), tmp_path / "eager")
     assert curve(tmp_path / "compiled", 50) == pytest.approx(curve(tmp_path / "eager", 50), rel=1e-3)
 
 
