@@ -62,10 +62,9 @@ class Source:
                 raise ExportError(
                     f"{place}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}"
                 )
-            adapter = _open_adapter(place)
-            self.folder = adapter or open_checkpoint(place, {})
-            if adapter is not None:
-                self.base = Source(_base_name(adapter), seed)
+            self.folder = open_checkpoint(place, {})
+            if _is_adapter(self.folder):
+                self.base = Source(_base_name(self.folder), seed)
         what = f"preset, seed {seed}" if self.folder is None else f"checkpoint in {self.folder.path}"
         log.info("source %s: %s", name, what)
 
@@ -116,16 +115,13 @@ class Source:
         return found
 
 
-def _open_adapter(place: str) -> CheckpointFolder | None:
-    """The directory of a PEFT adapter, with its files opened; None where `place` is none."""
-    if not os.path.isdir(place):
-        return None
-    folder = CheckpointFolder(Path(place))
+def _is_adapter(folder: CheckpointFolder) -> bool:
+    """Whether the directory holds a PEFT adapter, whose files are then opened. Raises `ExportError` for half of one."""
     if folder.has(CONFIG) or not folder.has(ADAPTER):
-        return None
+        return False
     if not folder.has(ADAPTER_WEIGHTS):
-        raise ExportError(f"{place}: is a PEFT adapter without {ADAPTER_WEIGHTS}; save it with save_pretrained")
-    return folder
+        raise ExportError(f"{folder.path}: is a PEFT adapter without {ADAPTER_WEIGHTS}; save it with save_pretrained")
+    return True
 
 
 def _base_name(adapter: CheckpointFolder) -> str:
@@ -155,9 +151,9 @@ def _resolve(source: str) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset; of an adapter, its base
-    too."""
-    adapter = _open_adapter(source)
-    if adapter is not None:
-        return is_local(_base_name(adapter))
-    return source == TRAINED or source in PRESETS or os.path.isdir(source)
+    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset. An adapter's base must
+    be local too."""
+    if not os.path.isdir(source):
+        return source == TRAINED or source in PRESETS
+    folder = CheckpointFolder(Path(source))
+    return not _is_adapter(folder) or is_local(_base_name(folder))

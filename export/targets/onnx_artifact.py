@@ -57,7 +57,7 @@ class OnnxOptions:
     )
     report: bool = option(
         False, "Write report.html into the artifact: verification, quality and sizes on one page.", flag="--report"
-    )  # fmt: skip
+    )
     spare: int = SPARE
 
     def __post_init__(self) -> None:
