@@ -37,3 +37,11 @@ def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
 def argmax_ids(logits: np.ndarray) -> np.ndarray:
     """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """The natural logarithms of the probabilities by logits (…, V): (…, V), float64."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    return scores

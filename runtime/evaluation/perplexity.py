@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.backends.arrays import log_softmax
 from runtime.bench import check_plot
 from runtime.console import Progress
 from runtime.engine import Engine
@@ -167,9 +168,7 @@ def _logprobs(scorer: Scorer, window: Window, total: _Total) -> Iterator[np.ndar
         total.seconds += time.perf_counter() - began
         if not np.isfinite(logits).all():
             raise RequestError(f"{scorer.name}: logits are not finite; the weights or dtype overflow")
-        logprobs = logits.astype(np.float64)
-        logprobs -= logprobs.max(-1, keepdims=True)
-        logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+        logprobs = log_softmax(logits)
         targets = window.targets[done : done + len(logprobs)]
         total.nats -= float(logprobs[np.arange(targets.size), targets].sum())
         total.tokens += targets.size

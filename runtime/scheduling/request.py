@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from runtime.backends.arrays import log_softmax
 from runtime.errors import RequestError
 from runtime.ids import as_integer
 from runtime.text.sampling import Sampling
@@ -109,9 +110,7 @@ class Event:
 
 def logprob_of(logits: np.ndarray, token: int, count: int) -> Logprob:
     """The logprob of `token` by logits (V,), and those of the `count` most probable tokens, the lower id of equals."""
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
+    scores = log_softmax(logits)
     best: list[int] = []
     if count:
         near = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
