@@ -28,6 +28,12 @@ def samples(model, tasks, names):
     return {name: [sample["resps"] for sample in answered[name]] for name in names}
 
 
+def rounded(logprob):
+    """The same sum in float32, whose rounding depends on how many tokens a step reads: `evaluate` reads a question in
+    one step, the server token by token. 1e-7 of the sum was seen, with AVX2 and with AVX-512."""
+    return pytest.approx(float(logprob), rel=1e-6, abs=1e-5)
+
+
 @pytest.mark.parametrize("ends", [False, True], ids=["some tokens end a text", "each token ends a text"])
 def test_the_client_measures_what_evaluate_does(artifact, tasks, ends):
     pytest.importorskip("tenacity", reason="lm-eval's client needs lm-eval[api]")
@@ -54,9 +60,9 @@ def test_the_client_measures_what_evaluate_does(artifact, tasks, ends):
         for (logprob, greedy), (answered, answered_greedy) in zip(
             (each[0] for each in one), (each[0] for each in other), strict=True
         ):
-            assert float(answered) == pytest.approx(float(logprob), abs=1e-6)
+            assert float(answered) == rounded(logprob)
             assert str(answered_greedy) == str(greedy)
     for one, other in zip(expected[likelihood], found[likelihood], strict=True):
-        assert float(other[0][0]) == pytest.approx(float(one[0][0]), abs=1e-6)
+        assert float(other[0][0]) == rounded(one[0][0])
     if not ends:
         assert found[completion] == expected[completion]

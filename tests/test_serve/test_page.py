@@ -39,8 +39,9 @@ def page(browser, served):
 
 
 @pytest.fixture
-def slowly(monkeypatch):
-    """Steps take a hundredth of a second: whatever the machine, there is time to see text come and to stop it."""
+def slowly(monkeypatch, served):
+    """There is time to see text come and to stop it: a step takes a hundredth of a second, no token ends a text."""
+    monkeypatch.setattr(served.service.engine, "end_ids", frozenset())
     step = Scheduler.step
 
     def slow(scheduler):
