@@ -10,6 +10,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import BaseQuantizedLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -142,6 +143,8 @@ class CacheContext:
             # low enough that the softmax gives zero, high enough that it is still finite when divided by the scale
             lowest = torch.finfo(bias.dtype).min * scale / 2
             bias = torch.where(self.padding, bias, lowest)
+        if self.cache is not None:
+            check_cache(self.cache, layer, query.shape[-1], bias.shape[1] // key.shape[1])
         if self.in_blocks:
             if self.cache is not None:
                 self.cache.update(*pack_keys(key, value, bias), layer)
@@ -161,6 +164,20 @@ class CacheContext:
             if mask.shape[1] != 1:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return attend_packed(query, packed_key, packed_value, scale, mask, self.documents)
+
+
+def check_cache(cache: Cache, layer: int, size: int, groups: int) -> None:
+    """Raise ValueError for a cache that cannot keep packed keys: `groups` biases beside each key of `size` numbers."""
+    kept = cache.layers[layer] if layer < len(cache.layers) else None  # a dynamic cache gets them one by one
+    if isinstance(kept, BaseQuantizedLayer):
+        raise ValueError("the cache is quantised; a key's bias, kept beside it, must stay exact: take another cache")
+    keys: torch.Tensor | None = getattr(kept, "keys", None)
+    if keys is not None and keys.ndim == 4 and keys.shape[-1] != size + groups:
+        raise ValueError(
+            f"the cache has keys of {keys.shape[-1]} numbers; expected {size + groups}, for each key has its bias "
+            f"beside it: give early_initialization head_dim={size + groups}, or leave the cache empty; for prefix "
+            "tuning take prompt tuning or LoRA, for an exportable module wm-export"
+        )
 
 
 def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -130,7 +132,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def run(self, x: torch.Tensor, context: Context) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Every layer and the final norm: (B, S, D) -> (B, S, D), then each layer's input, and its router's scores."""
         inputs, routers = [], []
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` lowers the number
             inputs.append(x)
             x, scores = layer(x, context)
             routers.append(scores)
@@ -148,12 +150,21 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
         **_: Any,
     ) -> MoeModelOutputWithPast:
         """As in transformers: input_ids (B, S) int64 or inputs_embeds (B, S, D); attention_mask (B, L) of ones and
         zeros, or bool (B, 1, S, L); position_ids (B, S) int64; a cache, new or in use. Without mask and cache, a
-        position that does not follow the one before it begins another document, which sees nothing of the earlier."""
+        position that does not follow the one before it begins another document, which sees nothing of the earlier.
+        Raises ValueError for `output_attentions`, and in training for a nonzero `attention_dropout`."""
+        if output_attentions:
+            raise ValueError("output_attentions is set; the fused attention keeps no weights, so leave it out")
+        if self.training and self.config.attention_dropout:
+            raise ValueError(
+                f"attention_dropout is {self.config.attention_dropout}; attention is trained without dropout, so set "
+                "it to 0.0; hidden_dropout drops from what each layer adds"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, not both and not neither")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -307,6 +318,17 @@ class DecoderForCausalLM(DecoderWithHead, GenerationMixin):
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
+        )
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> Any:
+        """Raise NotImplementedError: transformers' paged caches keep no biases of keys."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no continuous batching by generate_batch; export it, and wm-run batches"
         )
 
     @staticmethod

@@ -1,5 +1,9 @@
 """The tools that people tune models with: PEFT's adapters, and TRL's trainers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import SMALL, assert_close, randomise
@@ -122,3 +126,54 @@ def test_a_dense_config_has_no_loss_of_a_router(tmp_path):
     build(tmp_path / "model")
     assert DogeForCausalLM.from_pretrained(tmp_path / "model").config.router_aux_loss_coef == 0
     assert DogeForCausalLM.from_pretrained(tmp_path / "model", **EXPERTS).config.router_aux_loss_coef == 0.001
+
+
+ACCELERATED = """
+import sys
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from wm_models import DogeForCausalLM
+
+accelerator = Accelerator(cpu=True)
+model = DogeForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.randint(5, 200, (32, 24), generator=torch.Generator().manual_seed(0))
+loader = DataLoader(ids, batch_size=int(sys.argv[3]))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+losses = []
+for rows in loader:
+    loss = model(input_ids=rows, labels=rows).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(accelerator.reduce(loss.detach(), "mean").item())
+if accelerator.is_main_process:
+    with open(sys.argv[2], "w") as file:
+        file.write(f"{accelerator.num_processes} " + " ".join(map(repr, losses)))
+"""
+
+
+def test_accelerate_launch(tmp_path):
+    """Two processes with four rows each have the curve of one with eight."""
+    build(tmp_path / "model")
+    script = tmp_path / "program.py"
+    script.write_text(ACCELERATED)
+    found = []
+    for processes, rows in ((1, 8), (2, 4)):
+        out = tmp_path / f"{processes}.txt"
+        # torchrun is what it starts for "--multi_gpu" alone; the program then asks for CPUs
+        kind = "--multi_gpu" if processes > 1 else "--cpu"
+        launch = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_machines", "1"]
+        options = ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
+        program = [str(script), str(tmp_path / "model"), str(out), str(rows)]
+        done = subprocess.run(
+            [*launch, *options, "--dynamo_backend", "no", *program],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        count, *losses = out.read_text().split()
+        assert int(count) == processes
+        found.append([float(loss) for loss in losses])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
