@@ -27,7 +27,7 @@ from runtime.console import command, option, run
 from runtime.evaluation.perplexity import PerplexityOptions, perplexity
 from runtime.evaluation.rendering import show
 from wm_models import PRESETS
-from wm_models.shipped import TRAINED
+from wm_models.shipped import SHIPPED_CHECKPOINTS, TRAINED
 
 console = Console(highlight=False)
 
@@ -75,7 +75,7 @@ def _general_options(
             "--list-presets",
             is_eager=True,
             help="Show the names that stand for a model and exit.",
-            callback=lambda given: _print_and_exit("\n".join([TRAINED, *PRESETS])) if given else None,
+            callback=lambda given: _print_and_exit("\n".join([*SHIPPED_CHECKPOINTS, *PRESETS])) if given else None,
         ),
     ] = False,
 ) -> None:

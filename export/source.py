@@ -26,7 +26,7 @@ from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 from wm_models.presets import has_tokenizer
-from wm_models.shipped import ASSETS, TRAINED
+from wm_models.shipped import ASSETS, SHIPPED_CHECKPOINTS
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,7 +60,7 @@ class Source:
         if os.path.isdir(place) or place not in PRESETS:
             if not os.path.isdir(place) and "/" not in place:
                 raise ExportError(
-                    f"{place}: no such directory, and no model; there are {', '.join([TRAINED, *PRESETS])}"
+                    f"{place}: no such directory, and no model; there are {', '.join([*SHIPPED_CHECKPOINTS, *PRESETS])}"
                 )
             self.folder = open_checkpoint(place, {})
             if _is_adapter(self.folder):
@@ -147,13 +147,14 @@ def _merge(model: DecoderWithHead, adapter: CheckpointFolder) -> DecoderWithHead
 
 
 def _resolve(source: str) -> str:
-    return str(shipped_checkpoint()) if source == TRAINED and not os.path.isdir(source) else source
+    shipped = source in SHIPPED_CHECKPOINTS and not os.path.isdir(source)
+    return str(shipped_checkpoint(source)) if shipped else source
 
 
 def is_local(source: str) -> bool:
     """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset. An adapter's base must
     be local too."""
     if not os.path.isdir(source):
-        return source == TRAINED or source in PRESETS
+        return source in SHIPPED_CHECKPOINTS or source in PRESETS
     folder = CheckpointFolder(Path(source))
     return not _is_adapter(folder) or is_local(_base_name(folder))

@@ -1,11 +1,12 @@
-"""What the package brings along: the presets' tokenizer, and a small trained model with its own."""
+"""What the package brings along: the presets' tokenizer, and two small trained models with their own."""
 
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).parent / "assets"
-TRAINED = "doge-3m"
+TRAINED, TUNED = "doge-3m", "doge-3m-instruct"
+SHIPPED_CHECKPOINTS = (TRAINED, TUNED)
 
 
 def shipped_tokenizer() -> PreTrainedTokenizerFast:
@@ -13,6 +14,12 @@ def shipped_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(ASSETS)
 
 
-def shipped_checkpoint() -> Path:
-    """The checkpoint directory of doge-3m, trained by the recipe of that name on the standard library's sources."""
-    return ASSETS / TRAINED
+def shipped_checkpoint(name: str = TRAINED) -> Path:
+    """The directory of a checkpoint that ships: doge-3m, trained on the standard library's sources, or
+    doge-3m-instruct, which is doge-3m tuned on instructions from their docstrings; each by the recipe of its name.
+
+    Raises ValueError for another name.
+    """
+    if name not in SHIPPED_CHECKPOINTS:
+        raise ValueError(f"{name!r} does not ship; expected one of {', '.join(SHIPPED_CHECKPOINTS)}")
+    return ASSETS / name

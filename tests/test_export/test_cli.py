@@ -108,7 +108,7 @@ def test_version_and_presets():
     from importlib.metadata import version
 
     assert version("wm-models") in command("export", "--version").stdout
-    assert command("export", "--list-presets").stdout.split()[:2] == ["doge-3m", "doge-20m"]
+    assert command("export", "--list-presets").stdout.split()[:3] == ["doge-3m", "doge-3m-instruct", "doge-20m"]
 
 
 def test_debug_shows_the_traceback():

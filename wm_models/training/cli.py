@@ -12,7 +12,7 @@ from rich.console import Console
 from runtime.console import Version, answered, command, option, run
 from wm_models import PRESETS
 from wm_models.training.errors import TrainingError
-from wm_models.training.recipe import SHIPPED, Recipe
+from wm_models.training.recipe import DPO, SFT, SHIPPED, Recipe
 from wm_models.training.run import estimate, train
 
 app = typer.Typer(rich_markup_mode=None)
@@ -41,6 +41,8 @@ class RecipeOptions:
     batch_size: int | None = option(None, "Rows of a step, over all devices.")
     device_batch_size: int | None = option(None, "The most rows that a device takes at once.")
     learning_rate: float | None = option(None, "The highest of the schedule.")
+    base: str | None = option(None, "The checkpoint that --sft or --dpo tunes: a directory, or a model that ships.")
+    chat_template: str | None = option(None, "A Jinja file, or chatml. Default: the tokenizer's own.")
     precision: str | None = option(None, "auto, fp32 or bf16. auto: bf16 where the device computes in it, else fp32.")
     tokenizer: str | None = option(None, "A tokenizer's directory. Default: the preset's.")
     vocabulary: int | None = option(None, "Train a tokenizer of so many ids on the data.")
@@ -58,8 +60,14 @@ class RecipeOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run comes from and goes to."""
+    """Where a run comes from and goes to, and what it does."""
 
+    sft: list[str] | None = option(
+        None, "Tune --base on the answers of chats: a .jsonl file, or more, of messages. May be repeated."
+    )
+    dpo: list[str] | None = option(
+        None, "Tune --base on preferences: a .jsonl file of prompt, chosen and rejected. May be repeated."
+    )
     recipe: str | None = option(None, "A .toml file, or the name of a recipe that is shipped.")
     preset: str | None = option(None, "A model's size, with the recipe that is shipped for it.")
     out: Path | None = option(None, "The checkpoint directory to write.")
@@ -71,7 +79,8 @@ class RunOptions:
 def main_command(
     run_options: RunOptions, recipe_options: RecipeOptions, version: Version = False, list_presets: Presets = False
 ) -> None:
-    """Train a model on text, from a folder to a checkpoint that from_pretrained and wm-export take.
+    """Train a model on text, from a folder to a checkpoint that from_pretrained and wm-export take; or tune a
+    checkpoint on chats (--sft) or preferences (--dpo).
 
     What an option does not say the recipe does; every value of a recipe is in the file.
     """
@@ -82,11 +91,21 @@ def main_command(
         raise TrainingError("--recipe and --preset are both given; a recipe names its preset")
     if out is None and not run_options.dry_run:
         raise TrainingError("--out is missing; expected the checkpoint directory to write")
-    plan = Recipe.load(recipe or preset or "doge-20m", recipe_options.changes())
+    plan = _plan(run_options, recipe_options.changes())
     if run_options.dry_run:
         _print_estimate(plan)
     elif out is not None:
         _print_result(train(plan, out, run_options.resume, console), out)
+
+
+def _plan(options: RunOptions, changes: dict[str, Any]) -> Recipe:
+    """The recipe that the options name, by default the one that ships for their task, with their changes."""
+    given = {task: data for task, data in ((SFT, options.sft), (DPO, options.dpo)) if data}
+    if len(given) > 1 or (given and (options.preset or "data" in changes)):
+        raise TrainingError("--sft, --dpo and --data or --preset are given together; a run has one kind of data")
+    for task, data in given.items():
+        return Recipe.load(options.recipe or task, {**changes, "task": task, "data": data})
+    return Recipe.load(options.recipe or options.preset or "doge-20m", changes)
 
 
 def _names() -> list[str]:
@@ -109,10 +128,17 @@ def _print_estimate(plan: Recipe) -> None:
 def _print_result(values: dict[str, Any], out: Path) -> None:
     if values:
         console.print(values["sample"], markup=False)
-        console.print(
-            f"held out: perplexity {values['held_out_perplexity']:.2f}, "
-            f"{values['held_out_bits_per_byte']:.3f} bits per byte\nwritten: {out}"
-        )
+        measured = f"loss {values['held_out_loss']:.4f}"
+        if "held_out_loss_before" in values:
+            measured += f", before {values['held_out_loss_before']:.4f}"
+        if "held_out_bits_per_byte" in values:
+            measured = (
+                f"{measured}, perplexity {values['held_out_perplexity']:.2f}, "
+                f"{values['held_out_bits_per_byte']:.3f} bits per byte"
+            )
+        if "held_out_accuracy" in values:
+            measured += f", the better answer preferred in {values['held_out_accuracy']:.1%}"
+        console.print(f"held out: {measured}\nwritten: {out}")
 
 
 def main() -> None:

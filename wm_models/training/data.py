@@ -37,9 +37,9 @@ def read_documents(sources: Sequence[str], exclude: Sequence[str] = (), skip_bad
     """
     found: list[Document] = []
     for source in sources or [str(standard_library())]:
-        for root, file in _files(source):
+        for root, file in files(source):
             name = file.relative_to(root).as_posix()
-            if "site-packages" not in file.parts and not _matches(name, exclude):
+            if "site-packages" not in file.parts and not matches(name, exclude):
                 found += (document for document in _read(file, name, skip_bad) if document.text.strip())
     if not found:
         raise TrainingError(f"no text found in {', '.join(sources)}; expected {', '.join(SUFFIXES)} that are not empty")
@@ -47,21 +47,11 @@ def read_documents(sources: Sequence[str], exclude: Sequence[str] = (), skip_bad
 
 
 def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and the ones to keep for measuring: those whose names match `patterns`.
+    """Documents to train on, and the ones to keep for measuring, by `held_out_names`.
 
-    Without patterns it is one document in 50, by a hash of its name, so the choice stays when documents are added.
     Where that leaves either side empty, the last twentieth of the longest document is held out.
     """
-    if patterns:
-        chosen = [_matches(document.name, patterns) for document in documents]
-        if all(chosen) or not any(chosen):
-            raise TrainingError(
-                f"held_out matches {sum(chosen)} of {len(documents)} documents; expected some, and others to train on; "
-                "give other patterns with --held-out, or --held-out '' to hold out one document in "
-                f"{HELD_OUT_SHARE}"
-            )
-    else:
-        chosen = [_hash(document.name) % HELD_OUT_SHARE == 0 for document in documents]
+    chosen = held_out_names([document.name for document in documents], patterns)
     kept = [document for document, out in zip(documents, chosen, strict=True) if not out]
     held = [document for document, out in zip(documents, chosen, strict=True) if out]
     if not kept or not held:
@@ -73,7 +63,26 @@ def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[li
     return kept, held
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> list[bool]:
+    """Which names are held out: those that match `patterns`, without any one in 50.
+
+    That one is chosen by a hash of the name, so the choice stays when others are added. Raises `TrainingError` for
+    patterns that match nothing, or everything.
+    """
+    if not patterns:
+        return [_hash(name) % HELD_OUT_SHARE == 0 for name in names]
+    chosen = [matches(name, patterns) for name in names]
+    if all(chosen) or not any(chosen):
+        raise TrainingError(
+            f"held_out matches {sum(chosen)} of {len(names)} documents; expected some, and others to train on; "
+            "give other patterns with --held-out, or --held-out '' to hold out one document in "
+            f"{HELD_OUT_SHARE}"
+        )
+    return chosen
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one that `patterns` describe, as in `fnmatch`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -81,7 +90,7 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _files(source: str) -> Iterator[tuple[Path, Path]]:
+def files(source: str) -> Iterator[tuple[Path, Path]]:
     """Pairs of a folder and a file below it, in order; a directory of `datasets` stands for itself."""
     path = Path(source)
     if path.is_file() and path.suffix not in SUFFIXES:
@@ -135,18 +144,26 @@ def _rows(name: str, texts: Iterable[str]) -> list[Document]:
 
 
 def _json_texts(file: Path) -> Iterator[str]:
+    for number, row in json_rows(file):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or "text" not in row:
+            raise TrainingError(f"{file}:{number}: expected a JSON object with a field text")
+        if not isinstance(text, str):
+            raise TrainingError(f"{file}:{number}: text is a {type(text).__name__}; expected a string")
+        if SURROGATE.search(text):
+            raise TrainingError(f"{file}:{number}: text has a surrogate without its pair; expected valid Unicode")
+        yield text
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The value of each line that is not blank, with the line's number. Raises `TrainingError` for what is no JSON."""
     # "\n" alone ends a line: a JSON string may hold the other characters at which splitlines() splits
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise TrainingError(f"{file}:{number}: expected a JSON object with a field text") from error
-            if not isinstance(text, str):
-                raise TrainingError(f"{file}:{number}: text is a {type(text).__name__}; expected a string")
-            if SURROGATE.search(text):
-                raise TrainingError(f"{file}:{number}: text has a surrogate without its pair; expected valid Unicode")
-            yield text
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TrainingError(f"{file}:{number}: expected a JSON object on each line") from error
 
 
 def _parquet_texts(file: Path) -> Iterator[str]:

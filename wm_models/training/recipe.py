@@ -14,6 +14,8 @@ SHIPPED = Path(__file__).parent / "recipes"
 DTYPES = ("fp32", "bf16", "fp16")
 AUTO = "auto"
 PRECISIONS = (AUTO, "fp32", "bf16")
+TEXT, SFT, DPO = "text", "sft", "dpo"
+TASKS = (TEXT, SFT, DPO)
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,19 @@ class Recipe:
     Raises `TrainingError` for a value that no run can have.
     """
 
+    # text: the next token of documents. sft: the answers of chats. dpo: of two answers to a chat, the better one.
+    task: str = TEXT
+    base: str = ""  # of sft and dpo: the checkpoint to tune, a directory or a shipped model's name
+    chat_template: str = ""  # of sft and dpo: a Jinja file, or the name of a shipped one; none: the tokenizer's own
+    new_tokens: tuple[str, ...] = ()  # special tokens to add to the base's tokenizer
+    beta: float = 0.1  # of dpo: how strongly the base is held to
     preset: str = "doge-20m"
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of the preset's configuration to change
-    data: tuple[str, ...] = ()  # files, folders, globs; none: the Python standard library's sources
-    exclude: tuple[str, ...] = ()  # patterns of document names to leave out
-    held_out: tuple[str, ...] = ()  # patterns of document names to measure on; none: one document in 50
+    data: tuple[
+        str, ...
+    ] = ()  # files, folders, globs; none: the Python standard library's sources, or its instructions
+    exclude: tuple[str, ...] = ()  # patterns of names of documents or chats to leave out
+    held_out: tuple[str, ...] = ()  # patterns of names to measure on; none: one in 50
     skip_bad: bool = False  # leave out files that are not UTF-8
     tokenizer: str = ""  # a directory; none: the preset's own
     vocabulary: int = 0  # train a tokenizer of so many ids on the data instead
@@ -62,11 +72,25 @@ class Recipe:
             raise TrainingError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.warmup + self.decay > 1:
             raise TrainingError(f"warmup and decay are {self.warmup} and {self.decay} of the steps; expected at most 1")
-        for name, choices in (("precision", PRECISIONS), ("saved_dtype", DTYPES)):
+        for name, choices in (("task", TASKS), ("precision", PRECISIONS), ("saved_dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise TrainingError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        self._check_task()
         if self.tokenizer and self.vocabulary:
             raise TrainingError("tokenizer and vocabulary are both given; expected a directory, or a size to train")
+
+    def _check_task(self) -> None:
+        tunes = self.task != TEXT
+        if tunes != bool(self.base):
+            raise TrainingError(
+                f"task is {self.task} and base {self.base!r}; expected a base, the checkpoint to tune, for "
+                f"{SFT} and {DPO} and for them alone"
+            )
+        for name, empty in _OF_TEXT.items() if tunes else _OF_CHATS.items():
+            if getattr(self, name) != empty:
+                raise TrainingError(f"{name} is {getattr(self, name)!r}; task {self.task} has no such value")
+        if self.task == DPO and self.sharded:
+            raise TrainingError("sharded is true; dpo holds two models, of which each process needs the whole")
 
     @classmethod
     def load(cls, source: str, changes: Mapping[str, Any]) -> "Recipe":
@@ -97,9 +121,11 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+_OF_TEXT = {"model": {}, "vocabulary": 0}  # what sft and dpo take from the base
+_OF_CHATS = {"chat_template": "", "new_tokens": ()}
 _LOWEST = {
     "vocabulary": 0, "steps": 1, "sequence_length": 2, "batch_size": 1, "device_batch_size": 1, "warmup": 0, "decay": 0,
-    "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "log_every": 1, "evaluate_every": 1, "save_every": 1,
+    "weight_decay": 0, "max_grad_norm": 0, "beta": 0, "seed": 0, "log_every": 1, "evaluate_every": 1, "save_every": 1,
 }  # fmt: skip
 
 

@@ -122,15 +122,18 @@ def draw(losses: dict[str, dict[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, document: Document, seed: int) -> str:
-    """The beginning of a document, and what the model makes of it."""
-    ids = tokenizer(document.text[:SAMPLE_PROMPT], return_tensors="pt", add_special_tokens=False).input_ids
-    begin = tokenizer.bos_token_id
-    if begin is not None:
-        ids = torch.cat([torch.tensor([[begin]]), ids], dim=1)
+def text_prompt(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
+    """The tokens of a document's beginning."""
+    ids = tokenizer(document.text[:SAMPLE_PROMPT], add_special_tokens=False).input_ids
+    begin: Any = tokenizer.bos_token_id
+    return ids if begin is None else [begin, *ids]
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], seed: int) -> str:
+    """A prompt, and what the model makes of it."""
     length = model.config.max_position_embeddings
     new_tokens = min(SAMPLE_TOKENS, length // 2)
-    ids = ids[:, : length - new_tokens]
+    ids = torch.tensor([list(prompt[: length - new_tokens])])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         out: Any = model.generate(ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.9)  # type: ignore[attr-defined]

@@ -24,28 +24,35 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
     ids and positions (R, S) int32; lengths (R), the tokens of a row that are no padding. Positions start again at a
     document's border and at a row's, which keeps documents apart in the model. A label is the token itself, except
-    that nothing predicts a document's first token, or padding.
+    that nothing predicts a document's first token, or padding. `answers` (R, S) bool leaves labels to these tokens
+    alone.
     """
 
-    def __init__(self, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray):
-        self.ids, self.positions, self.lengths = ids, positions, lengths
+    def __init__(self, ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, answers: np.ndarray | None = None):
+        self.ids, self.positions, self.lengths, self.answers = ids, positions, lengths, answers
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         ids, positions = (torch.from_numpy(part[row].astype(np.int64)) for part in (self.ids, self.positions))
-        predicted = (positions > 0) & (torch.arange(len(ids)) < int(self.lengths[row]))
+        predicted = torch.from_numpy(self.predicted(row))
         return {"input_ids": ids, "position_ids": positions, "labels": torch.where(predicted, ids, IGNORED)}
+
+    def predicted(self, row: int) -> np.ndarray:
+        """Which tokens of a row have a label: (S) bool."""
+        found = (self.positions[row] > 0) & (np.arange(self.ids.shape[1]) < self.lengths[row])
+        return found if self.answers is None else found & self.answers[row]
 
     @property
     def targets(self) -> int:
         """How many tokens are predicted in all rows."""
-        return sum(int((self.positions[row, :length] > 0).sum()) for row, length in enumerate(self.lengths))
+        return sum(int(self.predicted(row).sum()) for row in range(len(self)))
 
     def digest(self) -> str:
-        """A hash of every token: the same exactly when the data are."""
-        return hashlib.sha256(self.ids.tobytes() + self.positions.tobytes()).hexdigest()
+        """A hash of every token, and of which have labels: the same exactly when the data are."""
+        parts = [part for part in (self.ids, self.positions, self.answers) if part is not None]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def divisible(self, by: int) -> "Rows":
         """Rows in a number divisible by `by`: the last few are left out or, where all are fewer, repeated."""
@@ -60,7 +67,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return whole
 
     def _take(self, rows: np.ndarray) -> "Rows":
-        return Rows(self.ids[rows], self.positions[rows], self.lengths[rows])
+        answers = None if self.answers is None else self.answers[rows]
+        return Rows(self.ids[rows], self.positions[rows], self.lengths[rows], answers)
 
 
 class Special(NamedTuple):

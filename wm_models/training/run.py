@@ -7,6 +7,7 @@ OUT/checkpoints/checkpoint-N                      where --resume goes on
 OUT/logs                                          for TensorBoard
 """
 
+import copy
 import logging
 import math
 import os
@@ -15,14 +16,17 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -38,13 +42,14 @@ from wm_models import (
 from wm_models.presets import has_tokenizer
 from wm_models.training.data import Document, hold_out, read_documents
 from wm_models.training.errors import TrainingError
-from wm_models.training.recipe import AUTO, Recipe
-from wm_models.training.report import Progressing, bits_per_byte, curves, draw, sample, save_report
-from wm_models.training.rows import Rows, pack, special_ids
+from wm_models.training.recipe import AUTO, DPO, SFT, TEXT, Recipe
+from wm_models.training.report import Progressing, bits_per_byte, curves, draw, sample, save_report, text_prompt
+from wm_models.training.rows import pack, special_ids
 from wm_models.training.tokenizer import train_tokenizer
 from wm_models.training.trainer import (
     STAGING,
     RowTrainer,
+    WholeTrainer,
     device_precision,
     last_checkpoint,
     parts_of_step,
@@ -60,21 +65,63 @@ PRECISION_LINES = {
     "bf16": "computes in bfloat16, which this device has; --precision fp32 for float32",
     "fp32": "computes in float32: this device has no bfloat16 arithmetic",
 }
+UNITS = {TEXT: ("documents", "tokens"), SFT: ("chats", "tokens of answers"), DPO: ("preferences", "pairs")}
 RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json", "loss.png"
 
 
 class Prepared(NamedTuple):
-    """The data of a run, ready for the model."""
+    """The data of a run, ready for the model, and what its trainer begins with.
+
+    `begin` makes the trainer, of the run's arguments and callbacks. A hold on the data's size is `train_rows.targets`:
+    the predictions of its rows, or its pairs.
+    """
 
     train: list[Document]
     held_out: list[Document]
     tokenizer: PreTrainedTokenizerFast
-    train_rows: Rows
-    held_out_rows: Rows
+    config: DogeConfig
+    train_rows: Any  # Rows, or Pairs of a dpo run
+    held_out_rows: Any
+    prompt: list[int]  # of the sample
+    note: str  # what is to be said of the data
+    begin: Callable[[TrainingArguments, list[TrainerCallback]], WholeTrainer]
 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read, split, tokenise and pack a recipe's data."""
+    return prepare_text(recipe) if recipe.task == TEXT else prepare_tuning(recipe)
+
+
+def prepare_tuning(recipe: Recipe) -> Prepared:
+    """As `prepare`, for the tasks of a base. Raises `TrainingError` where TRL is missing."""
+    tuning = _tuning()
+    torch.manual_seed(recipe.seed)
+    base = tuning.load_base(recipe)
+    read = tuning.prepare_chats if recipe.task == SFT else tuning.prepare_pairs
+    found = read(recipe, base.tokenizer)
+    note = f"{found.left_out:,} chats are longer than {recipe.sequence_length} tokens and left out"
+    return Prepared(
+        found.train,
+        found.held_out,
+        base.tokenizer,
+        copy.deepcopy(base.model.config),
+        found.train_rows,
+        found.held_out_rows,
+        found.prompt,
+        note if found.left_out else "",
+        lambda arguments, callbacks: tuning.tuning_trainer(recipe, base, found, arguments, callbacks),
+    )
+
+
+def _tuning() -> Any:
+    """The module that needs TRL."""
+    if find_spec("trl") is None:
+        raise TrainingError("tuning needs TRL; pip install 'wm-models[tune]'")
+    return import_module("wm_models.training.tuning")
+
+
+def prepare_text(recipe: Recipe) -> Prepared:
+    """As `prepare`, for documents and a model with random weights."""
     documents = read_documents(recipe.data, recipe.exclude, recipe.skip_bad)
     train, held_out = hold_out(documents, recipe.held_out)
     if recipe.vocabulary:
@@ -92,13 +139,25 @@ def prepare(recipe: Recipe) -> Prepared:
             "train another with --vocabulary"
         )
     length = recipe.sequence_length
-    return Prepared(
-        train,
-        held_out,
-        tokenizer,
-        pack(train, tokenizer, length).divisible(recipe.batch_size),
-        pack(held_out, tokenizer, length).filled(recipe.batch_size),
-    )
+    config = model_config(recipe, tokenizer)
+    train_rows = pack(train, tokenizer, length).divisible(recipe.batch_size)
+    held_out_rows = pack(held_out, tokenizer, length).filled(recipe.batch_size)
+
+    def begin(arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> RowTrainer:
+        torch.manual_seed(recipe.seed)
+        model = MODELS[type(config)](copy.deepcopy(config))  # a trainer changes its model's
+        model.config.output_router_logits = model.config.is_moe  # the routers' loss is part of the training loss
+        return RowTrainer(model, arguments, train_rows, held_out_rows, tokenizer, callbacks)
+
+    prompt = text_prompt(tokenizer, held_out[0])
+    return Prepared(train, held_out, tokenizer, config, train_rows, held_out_rows, prompt, "", begin)
+
+
+def run_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> TrainingArguments:
+    """The recipe in the terms of its task's trainer."""
+    if recipe.task == TEXT:
+        return training_arguments(recipe, checkpoints, trial)
+    return _tuning().tuning_arguments(recipe, checkpoints, trial)
 
 
 def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConfig:
@@ -162,19 +221,21 @@ def train(recipe: Recipe, out: Path, resume: bool = False, console: Console | No
 
 def _train(recipe: Recipe, out: Path, resume: bool, console: Console | None) -> dict[str, Any]:
     recipe, asked = with_precision(recipe, out / RECIPE if resume else None), recipe.precision
-    arguments = training_arguments(recipe, out / "checkpoints", trial=False)
+    arguments = run_arguments(recipe, out / "checkpoints", trial=False)
     first = arguments.process_index == 0
     console = console if console and first else Console(quiet=not first)
     if first:
         _check_place(recipe, out, resume)
     data = prepare(recipe)
-    config = model_config(recipe, data.tokenizer)
     if first:
         _claim(recipe, out, data.train_rows.digest())
+    what, unit = UNITS[recipe.task]
     console.print(
-        f"{len(data.train):,} documents to train on, {data.train_rows.targets:,} tokens; "
-        f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} tokens"
+        f"{len(data.train):,} {what} to train on, {data.train_rows.targets:,} {unit}; "
+        f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} {unit}"
     )
+    if data.note:
+        console.print(data.note)
     if asked == AUTO:
         console.print(PRECISION_LINES[recipe.precision])
     checkpoints = out / "checkpoints"
@@ -185,7 +246,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, console: Console | None) -> 
         len(data.train), data.train_rows.targets, arguments.process_index, arguments.world_size,
     )  # fmt: skip
     if not finished.exists():
-        trainer, progress = _trainer(recipe, arguments, config, data, console, out / "logs" if first else None)
+        trainer, progress = _trainer(recipe, arguments, data, console, out / "logs" if first else None)
         try:
             trainer.train(resume_from_checkpoint=last)
         finally:
@@ -197,10 +258,9 @@ def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
     """Take two parts of a step, of which the first compiles, and reckon what the whole would take."""
     recipe = with_precision(recipe, None)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(recipe, Path(folder), trial=True)
+        arguments = run_arguments(recipe, Path(folder), trial=True)
         data = prepare(recipe)
-        config = model_config(recipe, data.tokenizer)
-        trainer, progress = _trainer(recipe, arguments, config, data, console or Console(), None)
+        trainer, progress = _trainer(recipe, arguments, data, console or Console(), None)
         trainer.train()
     first, part = progress.times[:2]
     parts = parts_of_step(recipe, arguments)
@@ -216,18 +276,15 @@ def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
 
 
 def _trainer(
-    recipe: Recipe, arguments: Any, config: DogeConfig, data: Prepared, console: Console, logs: Path | None
-) -> tuple[RowTrainer, Progressing]:
+    recipe: Recipe, arguments: Any, data: Prepared, console: Console, logs: Path | None
+) -> tuple[WholeTrainer, Progressing]:
     parts = arguments.gradient_accumulation_steps
-    rows = arguments.per_device_train_batch_size * arguments.world_size
+    rows = arguments.per_device_train_batch_size * arguments.world_size * (2 if recipe.task == DPO else 1)
     progress = Progressing(console, rows * recipe.sequence_length, parts)
     callbacks: list[TrainerCallback] = [progress]
     if logs is not None:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(logs))))
-    torch.manual_seed(recipe.seed)
-    model = MODELS[type(config)](config)
-    model.config.output_router_logits = model.config.is_moe  # the routers' loss is part of the training loss
-    return RowTrainer(model, arguments, data.train_rows, data.held_out_rows, data.tokenizer, callbacks), progress
+    return data.begin(arguments, callbacks), progress
 
 
 def _check_place(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -263,18 +320,15 @@ def _claim(recipe: Recipe, out: Path, digest: str) -> None:
 
 def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict[str, Any]:
     """Make the last checkpoint the finished model; its config.json moves in last, since without it nothing loads."""
-    config = model_config(recipe, data.tokenizer)
-    model = MODELS[type(config)].from_pretrained(checkpoint, config=config).eval()
-    losses = curves(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
-    loss = losses["eval_loss"][recipe.steps]
+    model = MODELS[type(data.config)].from_pretrained(checkpoint, config=data.config).eval()
+    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    losses = curves(history)
     values = {
         "parameters": model.num_parameters(),
         "steps": recipe.steps,
         "training_loss": losses["loss"][max(losses["loss"])],
-        "held_out_loss": loss,
-        "held_out_perplexity": math.exp(loss),
-        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
-        "sample": sample(model, data.tokenizer, data.held_out[0], recipe.seed),
+        **_measures(recipe, data, history),
+        "sample": sample(model, data.tokenizer, data.prompt, recipe.seed),
     }
     folder = out / STAGING
     shutil.rmtree(folder, ignore_errors=True)
@@ -292,6 +346,22 @@ def _finish(recipe: Recipe, out: Path, checkpoint: Path, data: Prepared) -> dict
     sync(out)
     folder.rmdir()
     return values
+
+
+def _measures(recipe: Recipe, data: Prepared, history: list[dict[str, Any]]) -> dict[str, float]:
+    """What was measured on the data that are held out, of a base before and after."""
+    losses = curves(history)["eval_loss"]
+    loss = losses[recipe.steps]
+    before = {} if recipe.task == TEXT else {"held_out_loss_before": losses[0]}
+    if recipe.task == DPO:
+        accuracy = [entry["eval_rewards/accuracies"] for entry in history if "eval_rewards/accuracies" in entry]
+        return {"held_out_loss": loss, **before, "held_out_accuracy": accuracy[-1]}
+    return {
+        "held_out_loss": loss,
+        **before,
+        "held_out_perplexity": math.exp(loss),
+        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
+    }
 
 
 def _peak_bytes() -> int:

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,13 +34,21 @@ def device_precision() -> str:
     return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe,
+    checkpoints: Path,
+    trial: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    own: Mapping[str, Any] | None = None,
+) -> TrainingArguments:
     """The recipe in transformers' terms, for this process's share.
 
-    A `trial` takes two steps, each of one part of the recipe's, and keeps nothing.
+    A `trial` takes two steps, each of one part of the recipe's, and keeps nothing. `kind` is the trainer's class of
+    arguments, and `own` are those that only this class has.
     """
     gpu, distributed = torch.cuda.is_available(), torch.distributed.is_torchelastic_launched()
-    arguments = TrainingArguments(
+    arguments = kind(
+        **(own or {}),
         output_dir=str(checkpoints),
         max_steps=2 if trial else recipe.steps,
         learning_rate=recipe.learning_rate,
@@ -112,32 +121,22 @@ class Conclusion(TrainerCallback):
         control.should_evaluate |= last and args.do_eval
 
 
-class RowTrainer(Trainer):
-    """Trains on `Rows`, a number of them that the batch divides, and measures on others, likewise."""
+class WholeTrainer(Trainer):
+    """What every run needs of its trainer: one way to measure, and checkpoints that are whole or not there."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        arguments: TrainingArguments,
-        train_rows: Rows,
-        held_out_rows: Rows,
-        tokenizer: PreTrainedTokenizerFast,
-        callbacks: list[TrainerCallback],
-    ):
-        super().__init__(
-            model,
-            arguments,
-            train_dataset=train_rows,  # type: ignore[arg-type]
-            eval_dataset=held_out_rows,  # type: ignore[arg-type]
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+    predictions_in_batch: torch.Tensor  # of the held-out rows
+    saving = False
+
+    def begin(self) -> None:
+        """Quiet, and with a last measure."""
         self.remove_callback(PrinterCallback)
         self.add_callback(Conclusion)
-        self.saving = False
+
+    def measure_rows(self, held_out_rows: Rows) -> None:
+        """Make the mean of a batch's loss the mean over its predictions."""
         # the same for every batch, so that the mean over batches is the mean over predictions
-        mean = held_out_rows.targets / len(held_out_rows) * arguments.per_device_eval_batch_size
-        self.predictions_in_batch = torch.tensor(mean, device=arguments.device)
+        mean = held_out_rows.targets / len(held_out_rows) * self.args.per_device_eval_batch_size
+        self.predictions_in_batch = torch.tensor(mean, device=self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard over CPUs too: accelerate offers FSDP2 on accelerators alone, though its steps run on any device."""
@@ -150,11 +149,6 @@ class RowTrainer(Trainer):
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        built = super()._build_accelerator_args(**kwargs)
-        built["dynamo_plugin"].fullgraph = self.args.world_size == 1
-        return built
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -213,3 +207,32 @@ class RowTrainer(Trainer):
             sweep(folder)
             log.info("%s written in %.1f s", folder / name, time.monotonic() - began)
         self.accelerator.wait_for_everyone()
+
+
+class RowTrainer(WholeTrainer):
+    """Trains on `Rows`, a number of them that the batch divides, and measures on others, likewise."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        train_rows: Rows,
+        held_out_rows: Rows,
+        tokenizer: PreTrainedTokenizerFast,
+        callbacks: list[TrainerCallback],
+    ):
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=train_rows,  # type: ignore[arg-type]
+            eval_dataset=held_out_rows,  # type: ignore[arg-type]
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.begin()
+        self.measure_rows(held_out_rows)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        built["dynamo_plugin"].fullgraph = self.args.world_size == 1
+        return built
