@@ -70,10 +70,10 @@ def against_transformers(inner: int) -> Table:
 class TopTwo(nn.Module):
     """An ordinary mixture: a router over all E experts, gated MLPs of which each token takes two."""
 
-    def __init__(self, experts: int, inner: int):
+    def __init__(self, hidden: int, experts: int, inner: int):
         super().__init__()
-        self.router = nn.Linear(HIDDEN, experts, bias=False)
-        self.gate, self.up, self.down = (nn.Parameter(torch.randn(experts, HIDDEN, inner) * 0.02) for _ in range(3))
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.gate, self.up, self.down = (nn.Parameter(torch.randn(experts, hidden, inner) * 0.02) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, D) -> (N, D): the tokens of each chosen expert go through it together."""
@@ -98,7 +98,7 @@ def against_top_two() -> Table:
     table = Table(*columns, title="Routed part alone, as many active parameters a token", title_justify="left")
     for experts in (1024, 4096, 16384):
         inner = 8
-        top_two = TopTwo(experts, inner).eval()
+        top_two = TopTwo(HIDDEN, experts, inner).eval()
         mixture = feed_forward(DogeConfig(**fields(experts, 3 * inner, 8))).eval()
         assert isinstance(mixture, ExpertMLP)
         for tokens in (1, 512):

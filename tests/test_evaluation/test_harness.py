@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.evaluation.harness import EngineLM
-from test_evaluation.tasks import write_tasks
+from test_evaluation.tasks import module_sources, write_tasks
 from wm_models import DogeForCausalLM, shipped_checkpoint
 
 COUNT = 5
@@ -19,7 +19,7 @@ COUNT = 5
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    return write_tasks(folder, COUNT), TaskManager(include_path=str(folder), include_defaults=False)
+    return write_tasks(folder, module_sources(), COUNT), TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def answers(model, tasks):

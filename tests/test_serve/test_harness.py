@@ -3,7 +3,7 @@
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from test_evaluation.tasks import write_tasks
+from test_evaluation.tasks import module_sources, write_tasks
 
 from runtime import load
 from runtime.evaluation.harness import EngineLM
@@ -16,7 +16,7 @@ COUNT = 4
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    return write_tasks(folder, COUNT), TaskManager(include_path=str(folder), include_defaults=False)
+    return write_tasks(folder, module_sources(), COUNT), TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def samples(model, tasks, names):
