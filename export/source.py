@@ -20,7 +20,7 @@ from wm_models import (
     create,
     shipped_checkpoint,
 )
-from wm_models.checkpoint.files import CONFIG, open_checkpoint, read_json
+from wm_models.checkpoint.files import CONFIG, one_line, open_checkpoint, read_json
 from wm_models.checkpoint.folder import CheckpointFolder
 from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
@@ -140,8 +140,8 @@ def _merge(model: DecoderWithHead, adapter: CheckpointFolder) -> DecoderWithHead
     with adapter.view() as directory:
         try:
             merged = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
-        except (ValueError, KeyError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # PEFT checks few values, and the others fail where they are used
+            reason = one_line(error)[:300]
             raise ExportError(f"{adapter.path}: does not fit {model.config.name_or_path}: {reason}") from error
     return merged.eval()
 

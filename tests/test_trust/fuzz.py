@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests python -m test_trust.fuzz TARGET [--runs N] [--seed S] [--coverage]
 
-TARGET is manifests, engines, graphs or checkpoints. Hypothesis changes a sound file's structure; with `--coverage`,
-atheris changes its bytes, led by which lines of the loader they reach. Stops at the first crash, at an error of another
-kind, a hang over 5 s, memory above 1 GB, or a file that was written.
+TARGET is manifests, engines, graphs, checkpoints, adapters, tokenizers, templates, prompts, recipes or calls.
+Hypothesis changes a sound file's structure; with `--coverage`, atheris changes its bytes, led by which lines of the
+loader they reach. Stops at the first crash, at an error of another kind, a hang over 5 s,
+memory above 1 GB, or a file that was written.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import struct
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +27,10 @@ from typing import Any
 
 import hypothesis
 import onnx
+import tomli_w
 from google.protobuf.message import Message
 from hypothesis import strategies as st
+from test_serve.chats import CHATML
 
 LONGEST, MOST_MEMORY = 5.0, 1 << 30  # seconds of work, bytes
 DEADLINE = 120.0  # seconds on the clock, of which a busy machine may take most
@@ -312,7 +316,195 @@ class Checkpoints(Target):
         DogeForCausalLM.from_pretrained(self.directory)
 
 
-TARGETS = {"manifests": Manifests, "engines": Engines, "graphs": Graphs, "checkpoints": Checkpoints}
+class Adapters(Target):
+    """Mutations of adapter_config.json, which says over which checkpoint an adapter is."""
+
+    file = "adapter_config.json"
+    changed = staticmethod(changed_json)
+
+    def make(self, root: Path) -> Path:
+        import peft
+
+        from export import ExportError
+        from test_trust.samples import make_checkpoint
+        from wm_models import CheckpointError, DogeForCausalLM
+
+        self.expected = (ExportError, CheckpointError)
+        base = make_checkpoint(root / "base", num_hidden_layers=1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model: Any = DogeForCausalLM.from_pretrained(base)
+        peft.get_peft_model(model, config).save_pretrained(root / "adapter")
+        return root / "adapter"
+
+    def load(self) -> None:
+        from export.source import Source, is_local
+
+        if is_local(str(self.directory)):
+            Source(str(self.directory)).load_model()
+
+
+PROMPTS = b"""{"prompt": "def f(x):"}
+{"ids": [5, 6, 7], "name": "ids"}
+
+{"prompt": "caf\\u00e9 \\ud83d\\ude00", "fields": {"a": [1, 2.5, null, true]}}
+"""
+CALL = {
+    "model": "doge",
+    "prompt": ["def ", "class "],
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+    "max_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "n": 2,
+    "stop": ["\\n"],
+    "seed": 1,
+    "logit_bias": {"5": 1.5},
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+}
+
+
+class Texts(Manifests):
+    """Mutations of a text of an artifact with the shipped tokenizer, under a manifest that agrees with them."""
+
+    def make(self, root: Path) -> Path:
+        from runtime import ArtifactError, RequestError
+        from test_trust.samples import make_artifact, rewrite
+        from wm_models import shipped_checkpoint
+
+        directory = make_artifact(root, vocab_size=3072)
+        self.expected = (ArtifactError, RequestError)
+        (directory / "tokenizer.json").write_bytes((shipped_checkpoint() / "tokenizer.json").read_bytes())
+        (directory / "chat_template.jinja").write_text(CHATML)
+        names = ("tokenizer.json", "chat_template.jinja")
+        rewrite(directory, lambda manifest: manifest["files"].update({name: {} for name in names}))
+        rewrite(directory)
+        return directory
+
+    def place(self, data: bytes) -> None:
+        from test_trust.samples import rewrite
+
+        super().place(data)
+        rewrite(self.directory)
+
+    def load(self) -> None:
+        from runtime import load
+
+        with load(self.directory, threads=1) as engine:
+            engine.encode("def f(x):\n    return x")
+            engine.encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+
+
+class Tokenizers(Texts):
+    """Mutations of tokenizer.json."""
+
+    file = "tokenizer.json"
+    changed = staticmethod(changed_json)
+
+
+class Templates(Texts):
+    """Mutations of a chat template."""
+
+    file = "chat_template.jinja"
+    changed = staticmethod(changed_bytes)
+
+
+class Prompts(Texts):
+    """Mutations of a file of prompts: each line is a prompt, or says why it cannot be answered."""
+
+    file = "prompts.jsonl"
+    changed = staticmethod(changed_bytes)
+
+    def make(self, root: Path) -> Path:
+        from runtime import load
+
+        self.engine = load(super().make(root), threads=1)
+        (root / "prompts").mkdir()
+        (root / "prompts" / self.file).write_bytes(PROMPTS)
+        return root / "prompts"
+
+    def place(self, data: bytes) -> None:
+        self.path.write_bytes(data)
+
+    def load(self) -> None:
+        from runtime.prompts import read_prompts
+
+        for prompt in read_prompts(self.engine, self.path):
+            assert bool(prompt.ids) == (prompt.error is None)
+            assert prompt.error is None or "\n" not in prompt.error
+        read_prompts(self.engine, self.path, strict=True)
+
+
+@st.composite
+def changed_toml(draw: Any, sound: bytes) -> bytes:
+    """A TOML text with its values changed, where TOML can hold them, or with its bytes changed."""
+    try:
+        value = json.loads(draw(changed_json(json.dumps(tomllib.loads(sound.decode())).encode())))
+        return tomli_w.dumps(value).encode("utf-8", "surrogatepass")
+    except (ValueError, TypeError, AttributeError):  # it is no table, or holds a null
+        return draw(changed_bytes(sound))
+
+
+class Recipes(Target):
+    """Mutations of a training recipe."""
+
+    file = "recipe.toml"
+    changed = staticmethod(changed_toml)
+
+    def make(self, root: Path) -> Path:
+        from wm_models.training.errors import TrainingError
+        from wm_models.training.recipe import Recipe
+
+        self.expected = (TrainingError,)
+        (root / "recipe").mkdir()
+        Recipe.load("doge-3m", {}).save(root / "recipe" / self.file)
+        return root / "recipe"
+
+    def load(self) -> None:
+        from wm_models import shipped_tokenizer
+        from wm_models.training.recipe import Recipe
+        from wm_models.training.run import model_config
+
+        model_config(Recipe.load(str(self.path), {}), shipped_tokenizer())
+
+
+class Calls(Target):
+    """Mutations of the body of a request for a completion, or for a chat."""
+
+    file = "call.json"
+    changed = staticmethod(changed_json)
+
+    def make(self, root: Path) -> Path:
+        from runtime.serve.errors import ApiError
+
+        self.expected = (ApiError,)
+        (root / "calls").mkdir()
+        (root / "calls" / self.file).write_text(json.dumps(CALL))
+        return root / "calls"
+
+    def load(self) -> None:
+        from runtime.serve.calls import parse_chat, parse_completion
+        from runtime.serve.fields import parse_body
+
+        body = parse_body(self.path.read_bytes())
+        name, parse = ("messages", parse_completion) if "prompt" in body else ("prompt", parse_chat)
+        body.pop(name, None)
+        parse(body, 128)
+
+
+TARGETS = {
+    "manifests": Manifests,
+    "engines": Engines,
+    "graphs": Graphs,
+    "checkpoints": Checkpoints,
+    "adapters": Adapters,
+    "tokenizers": Tokenizers,
+    "templates": Templates,
+    "prompts": Prompts,
+    "recipes": Recipes,
+    "calls": Calls,
+}
 
 
 def run(target: Target, runs: int, seed: int) -> None:

@@ -10,7 +10,18 @@ import pytest
 
 from test_trust import fuzz
 
-RUNS = {"manifests": 300, "engines": 200, "graphs": 200, "checkpoints": 60}
+RUNS = {
+    "manifests": 300,
+    "engines": 200,
+    "graphs": 200,
+    "checkpoints": 60,
+    "adapters": 30,
+    "tokenizers": 60,
+    "templates": 60,
+    "prompts": 300,
+    "recipes": 300,
+    "calls": 300,
+}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

@@ -1,5 +1,6 @@
 """Everything that decides what a training run computes, as a TOML file and in Python."""
 
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -8,6 +9,8 @@ from typing import Any
 
 import tomli_w
 
+from wm_models.checkpoint.files import shown
+from wm_models.presets import PRESETS
 from wm_models.training.errors import TrainingError
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -67,14 +70,17 @@ class Recipe:
             object.__setattr__(self, item.name, _typed(item.name, getattr(self, item.name), item.default))
         for name, lowest in _LOWEST.items():
             if getattr(self, name) < lowest:
-                raise TrainingError(f"{name} is {getattr(self, name)}; expected at least {lowest}")
+                raise TrainingError(f"{name} is {reprlib.repr(getattr(self, name))}; expected at least {lowest}")
+        if self.preset not in PRESETS:
+            raise TrainingError(f"preset is {reprlib.repr(self.preset)}; expected one of {', '.join(PRESETS)}")
         if not self.learning_rate > 0:
             raise TrainingError(f"learning_rate is {self.learning_rate}; expected a positive number")
         if self.warmup + self.decay > 1:
             raise TrainingError(f"warmup and decay are {self.warmup} and {self.decay} of the steps; expected at most 1")
         for name, choices in (("task", TASKS), ("precision", PRECISIONS), ("saved_dtype", DTYPES)):
             if getattr(self, name) not in choices:
-                raise TrainingError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                value = reprlib.repr(getattr(self, name))
+                raise TrainingError(f"{name} is {value}; expected one of {', '.join(choices)}")
         self._check_task()
         if self.tokenizer and self.vocabulary:
             raise TrainingError("tokenizer and vocabulary are both given; expected a directory, or a size to train")
@@ -107,7 +113,7 @@ class Recipe:
             raise TrainingError(f"{path}: is no TOML: {error}") from error
         if unknown := values.keys() - {item.name for item in fields(cls)}:
             known = ", ".join(item.name for item in fields(cls))
-            raise TrainingError(f"{path}: unknown {', '.join(sorted(unknown))}; expected {known}")
+            raise TrainingError(f"{path}: unknown {', '.join(map(shown, sorted(unknown)))}; expected {known}")
         try:
             return cls(**{**values, **changes})
         except TrainingError as error:
@@ -142,4 +148,4 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             return value
     elif isinstance(value, Mapping):
         return dict(value)
-    raise TrainingError(f"{name} is {value!r}; expected the kind of {default!r}")
+    raise TrainingError(f"{name} is {reprlib.repr(value)}; expected the kind of {default!r}")

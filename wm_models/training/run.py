@@ -39,6 +39,7 @@ from wm_models import (
     preset,
     shipped_tokenizer,
 )
+from wm_models.checkpoint.files import one_line, shown
 from wm_models.presets import has_tokenizer
 from wm_models.training.data import Document, hold_out, read_documents
 from wm_models.training.errors import TrainingError
@@ -166,7 +167,9 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConf
     base = preset(recipe.preset)
     values = base.to_dict()
     if unknown := recipe.model.keys() - values.keys():
-        raise TrainingError(f"model has no {', '.join(sorted(unknown))}; expected fields of {type(base).__name__}")
+        raise TrainingError(
+            f"model has no {', '.join(map(shown, sorted(unknown)))}; expected fields of {type(base).__name__}"
+        )
     values |= {
         **recipe.model,
         "vocab_size": len(tokenizer),
@@ -174,7 +177,12 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DogeConf
         "eos_token_id": special.end,
         "pad_token_id": special.pad,
     }
-    config = type(base).from_dict(values)
+    try:
+        config = type(base).from_dict(values)
+        with torch.device("meta"):
+            MODELS[type(base)](config)
+    except Exception as error:  # a value the config lets pass fails in the module that uses it, in its own way
+        raise TrainingError(f"no model has the recipe's values of model: {one_line(error)[:300]}") from error
     if recipe.sequence_length > config.max_position_embeddings:
         raise TrainingError(
             f"sequence_length is {recipe.sequence_length}; the model takes at most "
