@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from runtime.serve.errors import ApiError
 
+LONGEST_SHOWN = 60  # characters of a value or a name in a message
 # Arguments of the API that this server does not have, each with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -113,13 +114,19 @@ class Fields:
         """Refuse every argument that nobody took, but for those that ask for nothing."""
         for name, value in self._left.items():
             if name not in UNSUPPORTED:
-                raise ApiError(400, f"{name} is no argument of this request", name, code="unknown_parameter")
+                plain = name if name.isprintable() and len(name) <= LONGEST_SHOWN else _shown(name)
+                raise ApiError(400, f"{plain} is no argument of this request", plain, code="unknown_parameter")
             if value not in UNSUPPORTED[name]:
                 raise ApiError(400, f"{name} is not supported by this server", name, code="unsupported_parameter")
 
 
 def refuse(name: str, value: Any, expected: str) -> NoReturn:
     """Raise the error for an argument of a wrong value."""
-    shown = json.dumps(value, ensure_ascii=False)
-    shown = shown if len(shown) <= 60 else shown[:60] + "…"
-    raise ApiError(400, f"{name} is {shown}; expected {expected}", name, code="invalid_value")
+    raise ApiError(400, f"{name} is {_shown(value)}; expected {expected}", name, code="invalid_value")
+
+
+def _shown(value: Any) -> str:
+    """A value of a body as JSON, in one line that any answer can hold: what is not printable is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    text = text if text.isprintable() else json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"

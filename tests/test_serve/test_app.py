@@ -288,6 +288,23 @@ def test_what_is_not_obeyed_is_refused_by_name(served, path, body, named):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a\nb\ud800": 1}, r'"a\nb\ud800" is no argument of this request'),
+        ({"temperature": "\ud800"}, r'temperature is "\ud800"; expected a number from 0 to 100'),
+    ],
+    ids=["name", "value"],
+)
+def test_what_no_answer_can_hold_is_escaped(served, changes, message):
+    """Half a surrogate pair is JSON, and no UTF-8."""
+    content = json.dumps({"model": MODEL, "prompt": "x", **changes})
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{served.url}/v1/completions", content=content, headers=headers, timeout=120)
+    assert found.status_code == 400
+    assert found.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize(
     ("content", "kind", "status"),
     [
         (b"{", "application/json", 400),
