@@ -18,7 +18,6 @@ from wm_models import (
     DogeForCausalLM,
     DogeForSequenceClassification,
     create,
-    shipped_checkpoint,
 )
 from wm_models.checkpoint.files import CONFIG, one_line, open_checkpoint, read_json
 from wm_models.checkpoint.folder import CheckpointFolder
@@ -26,7 +25,7 @@ from wm_models.checkpoint.formats import config_class
 from wm_models.checkpoint.loader import CLASSIFIER, find_checkpoint
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 from wm_models.presets import has_tokenizer
-from wm_models.shipped import ASSETS, SHIPPED_CHECKPOINTS
+from wm_models.shipped import ASSETS, SHIPPED_CHECKPOINTS, resolve_checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,13 +47,13 @@ class Source:
     A directory with PEFT's adapter is a source over another one, its `base`, which adapter_config.json names.
 
     The checkpoint's directory and files are opened once, so that the model, its texts and its hashes are of the same
-    bytes, whatever is renamed meanwhile. `name`: a directory, the shipped model's name, a preset's or a hub model's; a
+    bytes, whatever is renamed meanwhile. `name`: a directory, a shipped model's name, a preset's or a hub model's; a
     directory of such a name wins. Raises `ExportError` or `wm_models.CheckpointError`.
     """
 
     def __init__(self, name: str, seed: int = 0):
         self.name, self.seed = name, seed
-        place = _resolve(name)
+        place = resolve_checkpoint(name)
         self.folder: CheckpointFolder | None = None
         self.base: Source | None = None
         if os.path.isdir(place) or place not in PRESETS:
@@ -146,13 +145,8 @@ def _merge(model: DecoderWithHead, adapter: CheckpointFolder) -> DecoderWithHead
     return merged.eval()
 
 
-def _resolve(source: str) -> str:
-    shipped = source in SHIPPED_CHECKPOINTS and not os.path.isdir(source)
-    return str(shipped_checkpoint(source)) if shipped else source
-
-
 def is_local(source: str) -> bool:
-    """Whether `source` can be loaded without a hub: a directory, the shipped model or a preset. An adapter's base must
+    """Whether `source` can be loaded without a hub: a directory, a shipped model or a preset. An adapter's base must
     be local too."""
     if not os.path.isdir(source):
         return source in SHIPPED_CHECKPOINTS or source in PRESETS

@@ -8,6 +8,8 @@ from wm_models.cheems import CheemsForCausalLM
 from wm_models.configuration import CheemsConfig, DogeConfig
 from wm_models.doge import DogeForCausalLM
 
+# The class of a language model, by that of its configuration
+MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 # size: hidden size, intermediate size, layers, query heads, key/value heads, experts, experts a token.
 # The gate router has one head, so experts a token are the product-key router's heads times experts a head.
 _SIZES = {
@@ -67,5 +69,5 @@ def create(name: str, seed: int = 0) -> DogeForCausalLM | CheemsForCausalLM:
     config = preset(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CheemsForCausalLM(config) if isinstance(config, CheemsConfig) else DogeForCausalLM(config)
+        model = MODELS[type(config)](config)
     return model.eval()

@@ -14,6 +14,15 @@ def shipped_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(ASSETS)
 
 
+def resolve_checkpoint(source: str) -> str:
+    """The directory of the checkpoint that ships under this name, or `source` as it is where none does.
+
+    A directory of the working directory that has such a name wins.
+    """
+    shipped = source in SHIPPED_CHECKPOINTS and not Path(source).is_dir()
+    return str(shipped_checkpoint(source)) if shipped else source
+
+
 def shipped_checkpoint(name: str = TRAINED) -> Path:
     """The directory of a checkpoint that ships: doge-3m, trained on the standard library's sources, or
     doge-3m-instruct, which is doge-3m tuned on instructions from their docstrings; each by the recipe of its name.

@@ -20,7 +20,7 @@ from export.verification.eager_scorer import EagerScorer
 from runtime import load
 from runtime.evaluation.perplexity import PerplexityOptions, perplexity
 from runtime.evaluation.tasks import EvaluateOptions, evaluate
-from wm_models.training.data import hold_out, read_documents
+from wm_models.training.data import hold_out, read_documents, standard_library
 from wm_models.training.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -71,10 +71,7 @@ def main() -> None:
         folder = Path(made)
         sources = [document.text for document in documents if len(document.text) > 5000]
         choice, _, completion = write_tasks(folder, sources, options.documents)
-        texts = []
-        for number, document in enumerate(documents):
-            texts.append(folder / f"{number}.txt")
-            texts[-1].write_text(document.text)
+        texts = [standard_library() / document.name for document in documents]
         eager = EagerScorer(options.source)
         for kind in KINDS:
             table.add_row(*measure(options.source, kind, texts, folder, [choice, completion], eager))

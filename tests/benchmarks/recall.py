@@ -52,14 +52,19 @@ def batch(length: int, pairs: int, draw: torch.Generator, often: bool) -> tuple[
     return ids, torch.full_like(ids, -100).scatter_(1, places + 1, values.gather(1, asked))
 
 
+def keep_unbiased(model: torch.nn.Module) -> None:
+    """Let A stay at zero, where a model starts it, so that every key has the same bias."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith((".A", ".dt_proj.weight")))
+
+
 def build(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind == "SSD":
         return CheemsForCausalLM(CheemsConfig(**SIZES, attn_layer_period=3, attn_layer_offset=2))
     model = DogeForCausalLM(DogeConfig(**SIZES))
     if kind == "attention":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.endswith((".A", ".dt_proj.weight")))
+        keep_unbiased(model)
     return model
 
 

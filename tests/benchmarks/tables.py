@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from experts import TopTwo
 from matplotlib.figure import Figure
+from recall import keep_unbiased
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wm_models import MIXERS, CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM, shipped_checkpoint
 from wm_models.layers.ssd import SSDMixer
+from wm_models.losses import IGNORED
 from wm_models.training.recipe import Recipe
 from wm_models.training.rows import Rows
 from wm_models.training.run import prepare
@@ -88,8 +90,7 @@ def doge(**fields: Any) -> DogeForCausalLM:
 def without_bias(**fields: Any) -> DogeForCausalLM:
     """Attention to every key alike: A stays zero."""
     model = doge(**fields)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith((".A", ".dt_proj.weight")))
+    keep_unbiased(model)
     return model
 
 
@@ -144,8 +145,8 @@ def held_out_loss(model: nn.Module, rows: Rows) -> float:
     for batch in torch.utils.data.DataLoader(rows, BATCH, sampler=chosen):
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1]
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-        count += int((labels != -100).sum())
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+        count += int((labels != IGNORED).sum())
     model.train()
     return total / count
 

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from test_serve.chats import CHATML
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import get_training_chat_template
 
@@ -21,10 +22,6 @@ MESSAGES = [
     {"role": "user", "content": "x = 1, and two?"},
     {"role": "assistant", "content": "y = 2\n"},
 ]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture

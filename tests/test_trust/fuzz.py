@@ -2,10 +2,9 @@
 
     PYTHONPATH=tests python -m test_trust.fuzz TARGET [--runs N] [--seed S] [--coverage]
 
-TARGET is manifests, engines, graphs, checkpoints, adapters, tokenizers, templates, prompts, recipes or calls.
-Hypothesis changes a sound file's structure; with `--coverage`, atheris changes its bytes, led by which lines of the
-loader they reach. Stops at the first crash, at an error of another kind, a hang over 5 s,
-memory above 1 GB, or a file that was written.
+TARGET is a name in `TARGETS`. Hypothesis changes a sound file's structure; with `--coverage`, atheris changes its
+bytes, led by which lines of the loader they reach. Stops at the first crash, at an error of another kind, a hang over
+5 s, memory above 1 GB, or a file that was written.
 """
 
 import argparse
@@ -365,6 +364,14 @@ CALL = {
 }
 
 
+def lone_file(root: Path, name: str, data: bytes) -> Path:
+    """A new directory with one file."""
+    directory = root / "lone"
+    directory.mkdir()
+    (directory / name).write_bytes(data)
+    return directory
+
+
 class Texts(Manifests):
     """Mutations of a text of an artifact with the shipped tokenizer, under a manifest that agrees with them."""
 
@@ -420,9 +427,7 @@ class Prompts(Texts):
         from runtime import load
 
         self.engine = load(super().make(root), threads=1)
-        (root / "prompts").mkdir()
-        (root / "prompts" / self.file).write_bytes(PROMPTS)
-        return root / "prompts"
+        return lone_file(root, self.file, PROMPTS)
 
     def place(self, data: bytes) -> None:
         self.path.write_bytes(data)
@@ -457,9 +462,7 @@ class Recipes(Target):
         from wm_models.training.recipe import Recipe
 
         self.expected = (TrainingError,)
-        (root / "recipe").mkdir()
-        Recipe.load("doge-3m", {}).save(root / "recipe" / self.file)
-        return root / "recipe"
+        return lone_file(root, self.file, tomli_w.dumps(Recipe.load("doge-3m", {}).values()).encode())
 
     def load(self) -> None:
         from wm_models import shipped_tokenizer
@@ -479,9 +482,7 @@ class Calls(Target):
         from runtime.serve.errors import ApiError
 
         self.expected = (ApiError,)
-        (root / "calls").mkdir()
-        (root / "calls" / self.file).write_text(json.dumps(CALL))
-        return root / "calls"
+        return lone_file(root, self.file, json.dumps(CALL).encode())
 
     def load(self) -> None:
         from runtime.serve.calls import parse_chat, parse_completion

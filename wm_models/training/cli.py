@@ -16,6 +16,14 @@ from wm_models.training.recipe import DPO, SFT, SHIPPED, Recipe
 from wm_models.training.run import estimate, train
 
 app = typer.Typer(rich_markup_mode=None)
+# How the measures of a run are shown, of which a task has some
+MEASURED = {
+    "held_out_loss": "loss {:.4f}",
+    "held_out_loss_before": "before {:.4f}",
+    "held_out_perplexity": "perplexity {:.2f}",
+    "held_out_bits_per_byte": "{:.3f} bits per byte",
+    "held_out_accuracy": "the better answer preferred in {:.1%}",
+}
 console = Console(highlight=False, soft_wrap=True)
 PATTERNS = ("held_out", "exclude")  # values of a recipe that are patterns
 
@@ -103,9 +111,10 @@ def _plan(options: RunOptions, changes: dict[str, Any]) -> Recipe:
     given = {task: data for task, data in ((SFT, options.sft), (DPO, options.dpo)) if data}
     if len(given) > 1 or (given and (options.preset or "data" in changes)):
         raise TrainingError("--sft, --dpo and --data or --preset are given together; a run has one kind of data")
-    for task, data in given.items():
-        return Recipe.load(options.recipe or task, {**changes, "task": task, "data": data})
-    return Recipe.load(options.recipe or options.preset or "doge-20m", changes)
+    if not given:
+        return Recipe.load(options.recipe or options.preset or "doge-20m", changes)
+    ((task, data),) = given.items()
+    return Recipe.load(options.recipe or task, {**changes, "task": task, "data": data})
 
 
 def _names() -> list[str]:
@@ -128,17 +137,8 @@ def _print_estimate(plan: Recipe) -> None:
 def _print_result(values: dict[str, Any], out: Path) -> None:
     if values:
         console.print(values["sample"], markup=False)
-        measured = f"loss {values['held_out_loss']:.4f}"
-        if "held_out_loss_before" in values:
-            measured += f", before {values['held_out_loss_before']:.4f}"
-        if "held_out_bits_per_byte" in values:
-            measured = (
-                f"{measured}, perplexity {values['held_out_perplexity']:.2f}, "
-                f"{values['held_out_bits_per_byte']:.3f} bits per byte"
-            )
-        if "held_out_accuracy" in values:
-            measured += f", the better answer preferred in {values['held_out_accuracy']:.1%}"
-        console.print(f"held out: {measured}\nwritten: {out}")
+        measured = [form.format(values[name]) for name, form in MEASURED.items() if name in values]
+        console.print(f"held out: {', '.join(measured)}\nwritten: {out}")
 
 
 def main() -> None:

@@ -36,9 +36,7 @@ class Recipe:
     beta: float = 0.1  # of dpo: how strongly the base is held to
     preset: str = "doge-20m"
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of the preset's configuration to change
-    data: tuple[
-        str, ...
-    ] = ()  # files, folders, globs; none: the Python standard library's sources, or its instructions
+    data: tuple[str, ...] = ()  # files, folders, globs; none: the standard library's sources, or its instructions
     exclude: tuple[str, ...] = ()  # patterns of names of documents or chats to leave out
     held_out: tuple[str, ...] = ()  # patterns of names to measure on; none: one in 50
     skip_bad: bool = False  # leave out files that are not UTF-8

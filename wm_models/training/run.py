@@ -31,16 +31,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
 from runtime.host.disk import settle, sync
-from wm_models import (
-    CheemsConfig,
-    CheemsForCausalLM,
-    DogeConfig,
-    DogeForCausalLM,
-    preset,
-    shipped_tokenizer,
-)
+from wm_models import DogeConfig, preset, shipped_tokenizer
 from wm_models.checkpoint.files import one_line, shown
-from wm_models.presets import has_tokenizer
+from wm_models.presets import MODELS, has_tokenizer
 from wm_models.training.data import Document, hold_out, read_documents
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import AUTO, DPO, SFT, TEXT, Recipe
@@ -60,7 +53,6 @@ from wm_models.training.trainer import (
 
 log = logging.getLogger(__name__)
 
-MODELS: dict[type, Any] = {DogeConfig: DogeForCausalLM, CheemsConfig: CheemsForCausalLM}
 SAVED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISION_LINES = {
     "bf16": "computes in bfloat16, which this device has; --precision fp32 for float32",
@@ -73,8 +65,8 @@ RECIPE, DIGEST, REPORT, PICTURE = "recipe.toml", "data.sha256", "training.json",
 class Prepared(NamedTuple):
     """The data of a run, ready for the model, and what its trainer begins with.
 
-    `begin` makes the trainer, of the run's arguments and callbacks. A hold on the data's size is `train_rows.targets`:
-    the predictions of its rows, or its pairs.
+    `begin` makes the trainer, of the run's arguments and callbacks. `train_rows.targets` counts what is learned: the
+    tokens that have a label, or the pairs.
     """
 
     train: list[Document]

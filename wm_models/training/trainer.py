@@ -128,7 +128,7 @@ class WholeTrainer(Trainer):
     saving = False
 
     def begin(self) -> None:
-        """Quiet, and with a last measure."""
+        """Print nothing, and measure after the last step too."""
         self.remove_callback(PrinterCallback)
         self.add_callback(Conclusion)
 
@@ -137,6 +137,9 @@ class WholeTrainer(Trainer):
         # the same for every batch, so that the mean over batches is the mean over predictions
         mean = held_out_rows.targets / len(held_out_rows) * self.args.per_device_eval_batch_size
         self.predictions_in_batch = torch.tensor(mean, device=self.args.device)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: TRL would leave one beside each checkpoint."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Shard over CPUs too: accelerate offers FSDP2 on accelerators alone, though its steps run on any device."""

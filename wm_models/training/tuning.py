@@ -16,11 +16,12 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from wm_models import CheemsConfig, CheemsForCausalLM, DogeForCausalLM, shipped_checkpoint
 from wm_models.checkpoint.files import CONFIG, open_checkpoint, read_json
 from wm_models.checkpoint.formats import config_class
+from wm_models.configuration import DogeConfig
 from wm_models.decoder import DecoderForCausalLM
-from wm_models.shipped import SHIPPED_CHECKPOINTS
+from wm_models.presets import MODELS
+from wm_models.shipped import resolve_checkpoint
 from wm_models.training.chats import (
     Chat,
     Encoded,
@@ -67,6 +68,14 @@ class Pairs:
         return Pairs([self.rows[index % len(self)] for index in range(count)])
 
 
+class Example(NamedTuple):
+    """A chat with its tokens; `pair` is the preference whose better answer it ends with, where it is one's."""
+
+    chat: Chat
+    encoded: Encoded
+    pair: dict[str, Any] | None = None
+
+
 class Base(NamedTuple):
     """The checkpoint to tune, with the tokenizer that the tuned model gets."""
 
@@ -91,13 +100,11 @@ def load_base(recipe: Recipe) -> Base:
 
     A new token's embedding is drawn by torch's generator. Raises `TrainingError`.
     """
-    shipped = recipe.base in SHIPPED_CHECKPOINTS and not Path(recipe.base).is_dir()
-    folder = shipped_checkpoint(recipe.base) if shipped else Path(recipe.base)
+    folder = Path(resolve_checkpoint(recipe.base))
     if not folder.is_dir():
         raise TrainingError(f"{recipe.base}: no such directory, and no model that ships; expected the base to tune")
     files = open_checkpoint(str(folder), {})
-    hybrid = config_class(read_json(files, CONFIG).get("model_type")) is CheemsConfig
-    kind: type[DecoderForCausalLM] = CheemsForCausalLM if hybrid else DogeForCausalLM
+    kind: type[DecoderForCausalLM] = MODELS[config_class(read_json(files, CONFIG).get("model_type")) or DogeConfig]
     source = Path(recipe.tokenizer) if recipe.tokenizer else folder
     if not (source / "tokenizer.json").exists():
         raise TrainingError(f"{source}: has no tokenizer.json; name a tokenizer's directory with --tokenizer")
@@ -126,67 +133,68 @@ def prepare_chats(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Materia
     read = (
         read_chats(recipe.data, recipe.exclude) if recipe.data else read_instructions(recipe.exclude, recipe.skip_bad)
     )
-    pairs = [(chat, encode_chat(chat, tokenizer)) for chat in read]
-    short = [pair for pair in pairs if len(pair[1].ids) <= recipe.sequence_length]
-    chosen = _hold_out([chat.name for chat, _ in short], recipe)
-    train = [pair for pair, out in zip(short, chosen, strict=True) if not out]
-    held_out = [pair for pair, out in zip(short, chosen, strict=True) if out]
+    examples = [Example(chat, encode_chat(chat, tokenizer)) for chat in read]
+    short = [example for example in examples if len(example.encoded.ids) <= recipe.sequence_length]
+    train, held_out = _split(short, recipe)
     pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = [pack_chats([encoded for _, encoded in part], recipe.sequence_length, pad) for part in (train, held_out)]
-    return Material(
-        [_document(*pair, tokenizer) for pair in train],
-        [_document(*pair, tokenizer) for pair in held_out],
-        rows[0].divisible(recipe.batch_size),
-        rows[1].filled(recipe.batch_size),
-        prompt_ids(held_out[0][0], tokenizer),
-        len(pairs) - len(short),
-        answer_end(held_out[0][1], tokenizer, held_out[0][0].name),
-    )
+
+    def rows(part: list[Example]) -> Rows:
+        return pack_chats([example.encoded for example in part], recipe.sequence_length, pad)
+
+    train_rows, held_out_rows = rows(train).divisible(recipe.batch_size), rows(held_out).filled(recipe.batch_size)
+    return _material(tokenizer, (train, held_out), (train_rows, held_out_rows), len(examples) - len(short))
 
 
 def prepare_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Material:
     """Read, check and split a recipe's preferences: `prompt`, `chosen` and `rejected`, lists of messages, a line."""
     if not recipe.data:
         raise TrainingError("data is missing; expected .jsonl files of prompt, chosen and rejected for dpo")
-    read: list[tuple[Chat, Encoded, dict[str, Any]]] = []
+    short: list[Example] = []
     total = 0
     for name, file, number, row in read_rows(recipe.data, recipe.exclude):
-        parts = {
+        pair = {
             key: check_messages(row.get(key), f"{file}:{number}: {key}") for key in ("prompt", "chosen", "rejected")
         }
-        encoded = [
-            encode_chat(Chat(name, [*parts["prompt"], *parts[key]]), tokenizer) for key in ("chosen", "rejected")
-        ]
+        chosen, rejected = (Chat(name, [*pair["prompt"], *pair[key]]) for key in ("chosen", "rejected"))
+        encoded = [encode_chat(chat, tokenizer) for chat in (chosen, rejected)]
         total += 1
         if max(len(each.ids) for each in encoded) <= recipe.sequence_length:
-            read.append((Chat(name, [*parts["prompt"], *parts["chosen"]]), encoded[0], parts))
-    chosen = _hold_out([chat.name for chat, *_ in read], recipe)
-    train = [each for each, out in zip(read, chosen, strict=True) if not out]
-    held_out = [each for each, out in zip(read, chosen, strict=True) if out]
-    return Material(
-        [_document(chat, encoded, tokenizer) for chat, encoded, _ in train],
-        [_document(chat, encoded, tokenizer) for chat, encoded, _ in held_out],
-        Pairs([pair for *_, pair in train]).divisible(recipe.batch_size),
-        Pairs([pair for *_, pair in held_out]).divisible(recipe.batch_size),
-        prompt_ids(held_out[0][0], tokenizer),
-        total - len(read),
-        answer_end(held_out[0][1], tokenizer, held_out[0][0].name),
-    )
+            short.append(Example(chosen, encoded[0], pair))
+    parts = _split(short, recipe)
+    train, held_out = (Pairs([e.pair for e in part if e.pair]).divisible(recipe.batch_size) for part in parts)
+    return _material(tokenizer, parts, (train, held_out), total - len(short))
 
 
-def _hold_out(names: Sequence[str], recipe: Recipe) -> list[bool]:
-    if len(names) < 2:
+def _split(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """What is trained on, and what is held out: by the recipe's patterns, or at least the last example."""
+    if len(examples) < 2:
         raise TrainingError(
-            f"{len(names)} chats fit rows of {recipe.sequence_length} tokens; expected two or more, one to measure on"
+            f"{len(examples)} chats fit rows of {recipe.sequence_length} tokens; expected two or more, one to measure "
+            "on"
         )
-    chosen = held_out_names(names, recipe.held_out)
-    return chosen if any(chosen) and not all(chosen) else [index == len(names) - 1 for index in range(len(names))]
+    chosen = held_out_names([example.chat.name for example in examples], recipe.held_out)
+    if all(chosen) or not any(chosen):
+        chosen = [index == len(examples) - 1 for index in range(len(examples))]
+    train = [example for example, out in zip(examples, chosen, strict=True) if not out]
+    return train, [example for example, out in zip(examples, chosen, strict=True) if out]
 
 
-def _document(chat: Chat, encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> Document:
+def _material(
+    tokenizer: PreTrainedTokenizerFast, parts: tuple[list[Example], list[Example]],
+    rows: tuple[Rows | Pairs, Rows | Pairs], left_out: int,
+) -> Material:  # fmt: skip
+    """The examples of both parts as documents, their rows, and what the first one that is held out tells."""
+    train, held_out = ([_document(example, tokenizer) for example in part] for part in parts)
+    first = parts[1][0]
+    end = answer_end(first.encoded, tokenizer, first.chat.name)
+    return Material(train, held_out, *rows, prompt_ids(first.chat, tokenizer), left_out, end)
+
+
+def _document(example: Example, tokenizer: PreTrainedTokenizerFast) -> Document:
     """A chat's name, and the text of its answers."""
+    encoded = example.encoded
     answers = [token for token, answer in zip(encoded.ids, encoded.answers, strict=True) if answer]
-    return Document(chat.name, str(tokenizer.decode(answers, skip_special_tokens=True)))
+    return Document(example.chat.name, str(tokenizer.decode(answers, skip_special_tokens=True)))
 
 
 def end_with(model: DecoderForCausalLM, token: int) -> None:
@@ -215,14 +223,9 @@ class ChatTrainer(WholeTrainer, trl.SFTTrainer):
         self, model: DecoderForCausalLM, arguments: Any, train: Rows, held_out: Rows,
         tokenizer: PreTrainedTokenizerFast, callbacks: list[TrainerCallback],
     ):  # fmt: skip
-        super().__init__(
-            model, arguments, _stack, _dataset(train), _dataset(held_out), tokenizer, callbacks=callbacks
-        )  # fmt: skip
+        super().__init__(model, arguments, _stack, _dataset(train), _dataset(held_out), tokenizer, callbacks=callbacks)
         self.begin()
         self.measure_rows(held_out)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None beside the checkpoints of a run."""
 
 
 class PreferenceTrainer(WholeTrainer, trl.DPOTrainer):
@@ -243,9 +246,6 @@ class PreferenceTrainer(WholeTrainer, trl.DPOTrainer):
     ) -> Any:
         """TRL's loss of the pairs."""
         return trl.DPOTrainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None beside the checkpoints of a run."""
 
 
 def tuning_trainer(
