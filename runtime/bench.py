@@ -170,7 +170,8 @@ def measure(directory: Path, options: BenchOptions) -> Result:
         result, on_cpu = bench.summary(bench.sample({})), bench.on_cpu
         if options.plot is not None:
             result["contexts"] = bench.by_context()
-        del bench  # its memory is not there twice
+        bench.engine.close()  # its memory is not there twice
+        del bench
         return result | (fresh_process(result, options) if on_cpu else {})
 
 

@@ -46,7 +46,8 @@ def measure(directory: Path, options: BenchOptions, baselines: BaselineOptions) 
             sizes = {context: step_bytes(bench.engine.artifact, context) for context in bench.contexts}
             result["bandwidth"] = bandwidth = memory_bandwidth(sizes[bench.contexts[0]], options.threads)
             result["bandwidth_limits"] = {context: bandwidth / size for context, size in sizes.items()}
-        del bench  # its memory is not there twice
+        bench.engine.close()  # its memory is not there twice
+        del bench
         if on_cpu:
             result |= fresh_process(result, options)
         found = {name: _baseline(name, directory, request, progress) for name in baselines.against}

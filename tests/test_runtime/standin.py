@@ -1,18 +1,24 @@
 """Stand-ins for CUDA's driver and for TensorRT, which record what they are asked and do it on the CPU.
 
-Device memory is host memory under its own addresses; what goes on the stream runs at once, or, while a graph is being
-captured, is kept until the graph is launched. An "engine" is an ONNX file, which a context runs in ONNX Runtime over
-the buffers that were bound to it. So a step through the stand-ins computes what the engine would, from the very
-addresses that it would read and write.
+Device memory is host memory under its own addresses. What goes on the stream waits there until the stream is
+synchronised, as late as a GPU may do it; while a graph is being captured, it is kept until the graph is launched. An
+"engine" is an ONNX file, which a context runs in ONNX Runtime over the buffers that were bound to it. So a step through
+the stand-ins computes what the engine would, from the very addresses that it would read and write.
 """
 
 import ctypes
+import json
+from collections import Counter
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
-InferenceSession = onnxruntime.InferenceSession  # which a test may put its own in place of
+onnxruntime_session = onnxruntime.InferenceSession
+InferenceSession = onnxruntime_session  # of engines and GPU providers; a test may put its own in its place
+VERSION = "1.7.1.116"
 CODES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -41,6 +47,7 @@ class Driver:
         self.calls: list[str] = []
         self.blocks: dict[int, ctypes.Array] = {}
         self.capturing: list | None = None
+        self.pending: list = []  # what is on the stream
 
     def __getattribute__(self, name):
         if name.startswith("cu"):
@@ -48,12 +55,15 @@ class Driver:
         return object.__getattribute__(self, name)
 
     def put(self, work):
-        """Do a piece of work, or keep it in the graph that is being captured."""
-        if self.capturing is None:
-            work()
-        else:
-            self.capturing.append(work)
+        """Put a piece of work on the stream, or into the graph that is being captured."""
+        (self.pending if self.capturing is None else self.capturing).append(work)
         return (Result.CUDA_SUCCESS,)
+
+    def finish(self):
+        """Do what is on the stream."""
+        work, self.pending = self.pending, []
+        for each in work:
+            each()
 
     def block(self, address, size):
         """Refuse an access outside what was allocated."""
@@ -64,6 +74,9 @@ class Driver:
 
     def cuInit(self, flags):
         return (Result.CUDA_SUCCESS,)
+
+    def cuDriverGetVersion(self):
+        return Result.CUDA_SUCCESS, 13020
 
     def cuDeviceGetCount(self):
         return Result.CUDA_SUCCESS, self.gpus
@@ -104,6 +117,7 @@ class Driver:
     cuMemAllocHost = cuMemAlloc
 
     def cuMemFree(self, address):
+        self.finish()  # CUDA waits for the device too
         del self.blocks[address]
         return (Result.CUDA_SUCCESS,)
 
@@ -119,6 +133,7 @@ class Driver:
 
     def cuStreamSynchronize(self, stream):
         assert self.capturing is None, "a capture must not wait for the stream"
+        self.finish()
         return (Result.CUDA_SUCCESS,)
 
     def cuStreamBeginCapture(self, stream, mode):
@@ -141,8 +156,7 @@ class Driver:
 
     def cuGraphLaunch(self, graph, stream):
         assert graph, "the graph was destroyed"
-        for work in graph:
-            work()
+        self.pending += graph
         return (Result.CUDA_SUCCESS,)
 
     def cuGetErrorString(self, error):
@@ -188,12 +202,15 @@ class Context:
 
 
 class Engine:
-    """An ONNX file, run in ONNX Runtime; `bounds` are the profiles, as the manifest gives them."""
+    """What `engine_bytes` made, run in ONNX Runtime."""
 
     def __init__(self, data, module):
-        self.driver, self.bounds, self.aliases = module.driver, module.bounds, module.aliases
-        self.events, self.capturable, self.fails = module.events, module.capturable, module.fails
+        self.driver, self.events = module.driver, module.events
+        self.capturable, self.fails = module.capturable, module.fails
         self.session = InferenceSession(data)
+        notes = self.session.get_modelmeta().custom_metadata_map
+        self.bounds = json.loads(notes["profiles"])
+        self.aliases = json.loads(notes["aliases"]) if module.aliases is None else module.aliases
         self.kinds = {v.name: v.type for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
 
     def record(self, *event):
@@ -236,7 +253,12 @@ class Engine:
 
 
 class Module:
-    """`tensorrt_rtx`, as far as the runtime uses it. `events` records profiles, runs and captures."""
+    """`tensorrt_rtx`, as far as the runtime uses it. `events` records profiles, runs and captures.
+
+    `aliases`: the outputs that its engines write in place, with their inputs; None for those that the engine notes.
+    """
+
+    __spec__ = object()  # it is installed
 
     class ILogger:
         class Severity(IntEnum):
@@ -251,8 +273,8 @@ class Module:
     class DynamicShapesKernelSpecializationStrategy:
         EAGER = "eager"
 
-    def __init__(self, driver, entry, aliases):
-        self.driver, self.bounds, self.aliases, self.__version__ = driver, entry["profiles"], aliases, entry["version"]
+    def __init__(self, driver, version=VERSION, aliases=None):
+        self.driver, self.aliases, self.__version__ = driver, aliases, version
         self.events: list[tuple] = []
         self.capturable, self.fails, self.loads = True, False, True
 
@@ -270,8 +292,44 @@ class Module:
         return Runtime()
 
 
+def engine_bytes(model, profiles):
+    """The engine of the ONNX file `model`, rewritten for TensorRT: its caches are in place."""
+    whole = onnx.load(model)
+    scatters = [node for node in whole.graph.node if node.op_type == "TensorScatter"]
+    aliases = {node.output[0]: node.input[0] for node in scatters}
+    for name, value in (("profiles", profiles), ("aliases", aliases)):
+        whole.metadata_props.add(key=name, value=json.dumps(value))
+    return whole.SerializeToString()
+
+
+def run_builder(order, builder, modules, progress):
+    """What `export.targets.tensorrt_builder.run_builder` does: every operator becomes its layer, and all are fused."""
+    profiles = [options[0] for options in order["profiles"]]
+    engine = engine_bytes(order["model"], profiles)
+    Path(order["engine"]).write_bytes(engine)
+    Path(order["log"]).write_text("INFO: a stand-in\n")
+    nodes = onnx.load(order["model"], load_external_data=False).graph.node
+    named = {kind: [node for node in nodes if node.op_type == kind] for kind in ("TensorScatter", "Attention")}
+    return {
+        "version": VERSION,
+        "profiles": profiles,
+        "counts": dict(Counter(node.op_type for node in nodes).most_common()),
+        "attention": [{"name": node.name, "fused": [True] * len(profiles)} for node in named["Attention"]],
+        "caches": [
+            {"name": node.name, "input": node.input[0], "output": node.output[0]} for node in named["TensorScatter"]
+        ],
+        "rotary": [node.name for node in nodes if node.op_type == "RotaryEmbedding"],
+        "bytes": len(engine),
+        "seconds": 0.0,
+        "peak_bytes": 0,
+    }
+
+
 class OrtSession:
-    """`onnxruntime.InferenceSession` on the stand-in's memory, which CUDA's provider would call its own."""
+    """`onnxruntime.InferenceSession` on the stand-in's memory, which CUDA's provider would call its own.
+
+    It does not wait for the driver's stream: ONNX Runtime has one of its own.
+    """
 
     def __init__(self, path, options, providers, enable_fallback):
         self.session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -300,4 +358,11 @@ class OrtSession:
         self.session.run_with_iobinding(binding.held)
 
 
-__all__ = ["Driver", "Module", "OrtSession"]
+def open_session(path, options=None, providers=(), **rest):
+    """`onnxruntime.InferenceSession` where some sessions are for a GPU, and some for the CPU."""
+    if any(provider[0] == "CUDAExecutionProvider" for provider in providers):
+        return OrtSession(path, options, providers, **rest)
+    return onnxruntime_session(path, options, providers=providers, **rest)
+
+
+__all__ = ["VERSION", "Driver", "Module", "OrtSession", "engine_bytes", "open_session", "run_builder"]

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -22,14 +21,14 @@ from runtime.backends import cuda, ort_gpu, tensorrt
 from runtime.backends.base import Options
 from runtime.backends.registry import BACKENDS, choose_backend
 from runtime.cli import app
-from test_runtime.standin import Driver, Module, OrtSession
+from test_runtime.standin import VERSION, Driver, Module, OrtSession, engine_bytes
 
 SMALL = Path(__file__).parents[1] / "data" / "artifact-schema-1"
 VOCABULARY, LENGTH, SLOTS, CHUNK = 260, 192, 3, 16
 ENTRY = {
     "file": "standin.engine",
     "builder": "tensorrt-rtx",
-    "version": "1.7.1.116",
+    "version": VERSION,
     "compute_capabilities": ["8.9"],
     "capacity": LENGTH,
     "max_batch": SLOTS,
@@ -117,10 +116,10 @@ def artifact(tmp_path_factory):
     graph = ir.load(directory / "model.onnx")
     prepare_for_tensorrt(graph, contract, contract.max_length)
     ir.save(graph, directory / "standin.onnx", external_data=None)
-    whole = onnx.load(directory / "standin.onnx")
+    made = engine_bytes(directory / "standin.onnx", ENTRY["profiles"])
     (directory / "standin.onnx").unlink()
     engine = directory / ENTRY["file"]
-    engine.write_bytes(whole.SerializeToString())
+    engine.write_bytes(made)
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["engines"] = [{**ENTRY, "aliased": [state.output for state in states]}]
     manifest["files"][engine.name] = {"size": engine.stat().st_size, "sha256": file_hash(engine)}
@@ -139,7 +138,7 @@ def opened(request, artifact, toy, monkeypatch):
             patch.setattr(ort_gpu, "missing", lambda provider: None)
             patch.setattr(onnxruntime, "InferenceSession", OrtSession)
         patch.setattr(tensorrt, "installed", lambda builder: True)
-        patch.setattr(tensorrt, "import_builder", lambda builder: Module(driver, ENTRY, aliases))
+        patch.setattr(tensorrt, "import_builder", lambda builder: Module(driver, VERSION, aliases))
         backend = choose_backend(artifact, request.param)
         session = backend.open(artifact, Options(device=1 if backend.has_devices else 0))
     yield session

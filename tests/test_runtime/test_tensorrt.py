@@ -4,7 +4,6 @@ import json
 import shutil
 
 import numpy as np
-import onnx
 import pytest
 from conftest import ours, rival
 from test_export.conftest import lowered
@@ -13,7 +12,7 @@ from export.targets.tensorrt import prepare_for_tensorrt
 from runtime import ArtifactError, RequestError, load
 from runtime.backends import cuda
 from runtime.backends import tensorrt as backend
-from test_runtime.standin import Driver, Module
+from test_runtime.standin import VERSION, Driver, Module, engine_bytes
 
 CAPACITY, CHUNK, SLOTS = 48, 16, 3
 PROFILES = [
@@ -33,13 +32,13 @@ def made(request, tmp_path_factory):
     graph = ir.load(directory / artifact.graph.file)
     prepare_for_tensorrt(graph, artifact.graph, CAPACITY)
     ir.save(graph, directory / "standin.onnx", external_data=None)
-    whole = onnx.load(directory / "standin.onnx")
+    engine = engine_bytes(directory / "standin.onnx", PROFILES)
     (directory / "standin.onnx").unlink()
-    (directory / "model.tensorrt-rtx.engine").write_bytes(whole.SerializeToString())
+    (directory / "model.tensorrt-rtx.engine").write_bytes(engine)
     entry = {
         "file": "model.tensorrt-rtx.engine",
         "builder": "tensorrt-rtx",
-        "version": "1.7.1.116",
+        "version": VERSION,
         "compute_capabilities": ["8.0", "8.6", "8.9", "12.0"],
         "capacity": CAPACITY,
         "max_batch": SLOTS,
@@ -73,12 +72,12 @@ def machine(made, monkeypatch):
         def load(self, directory=made, **options):
             entry = json.loads((directory / "manifest.json").read_text())["engines"][0]
             aliases = {name: name.removesuffix(".out") for name in entry["aliased"]}
-            self.trt = Module(self.driver, {**entry, "version": self.version}, aliases)
+            self.trt = Module(self.driver, self.version, aliases)
             for name, value in self.settings.items():
                 setattr(self.trt, name, value)
             return load(directory, **{"backend": "tensorrt", **options})
 
-        version, settings = "1.7.1.116", {}
+        version, settings = VERSION, {}
 
     machine = Machine()
     monkeypatch.setattr(cuda.importlib, "import_module", lambda name: machine.driver)
