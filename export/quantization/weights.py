@@ -22,6 +22,7 @@ from export.progress import SILENT, Progress
 from export.quantization.calibration import Feed, second_moments
 from export.quantization.schemes import BLOCKS, Scheme, Weight
 from export.rewrites.initializer import add_initializer
+from export.rewrites.names import MODULE
 
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
@@ -63,6 +64,11 @@ def block_size(columns: int, largest: int) -> int:
     return next(size for size in BLOCKS if size <= largest and columns % size == 0)
 
 
+def is_quantizable(rows: int, columns: int) -> bool:
+    """Whether a weight (rows, columns) has enough rows, and columns that divide into blocks."""
+    return rows >= FEWEST_ROWS and columns % BLOCKS[-1] == 0
+
+
 def quantizable(graph: ir.Model) -> Iterator[Use]:
     """The weights to quantise: matrices and look-up tables of enough rows whose columns divide into blocks."""
     for weight in graph.graph.initializers.values():
@@ -80,7 +86,7 @@ def quantizable(graph: ir.Model) -> Iterator[Use]:
         else:
             continue
         rows, columns = reversed(shape) if use.transposed else shape
-        if rows >= FEWEST_ROWS and columns % BLOCKS[-1] == 0:
+        if is_quantizable(rows, columns):
             yield use
 
 
@@ -121,8 +127,10 @@ def _replace(graph: ir.Model, use: Use, codes: np.ndarray, scales: np.ndarray, b
     tensor = ir.tensor(packed if bits == 8 else packed.astype(ml_dtypes.int4), ELEMENTS[bits], name=f"{name}.codes")
     stored = [add_initializer(graph.graph, each) for each in (tensor, ir.tensor(scales, name=f"{name}.scales"))]
     whole = ir.node("DequantizeLinear", stored, {"axis": 1, "block_size": block})
-    whole.outputs[0].name = f"{name}.float"
+    whole.name, whole.outputs[0].name = f"{name.removesuffix('.weight')}.dequantize", f"{name}.float"
     first = min((node for node, _ in use.weight.uses()), key=list(graph.graph).index)
+    reader = use.products[0] if use.products else first
+    whole.metadata_props[MODULE] = reader.metadata_props.get(MODULE, "")
     graph.graph.insert_before(first, whole)
     result = whole.outputs[0]
     if use.transposed:

@@ -2,8 +2,8 @@
 
 An engine has one capacity, and a profile each for decode (S = 1) and for prefill (longer chunks). In its network every
 TensorScatter is one KV-cache-update layer, in place; every Attention one attention layer, fused where the builder has a
-kernel for it; every RotaryEmbedding a layer of its own. Where that does not hold, or the builder refuses, the export
-fails.
+kernel for it; every RotaryEmbedding a layer of its own, and so is every DequantizeLinear, over its weight's codes.
+Where that does not hold, or the builder refuses, the export fails.
 
 B batch (slots), S new tokens, C cache capacity, V vocabulary.
 """
@@ -30,12 +30,24 @@ from export.verification.comparison import worst
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import MANIFEST, Artifact, Graph, Manifest, parse_manifest
 from runtime.backends.cuda import Device, gpu_count
-from runtime.backends.tensorrt_editions import MODULES, how_to_install, import_builder, installed
+from runtime.backends.tensorrt_editions import (
+    MODULES,
+    how_to_install,
+    import_builder,
+    installed,
+    later_than,
+    rtx_capabilities,
+)
 from runtime.backends.tensorrt_entry import ENGINES
 from runtime.console import option
 
 BUILDERS = ("auto", *MODULES)
-LAYERS = ("TensorScatter", "Attention", "RotaryEmbedding")  # the operators that must become a layer each
+LAYERS = (
+    "TensorScatter",
+    "Attention",
+    "RotaryEmbedding",
+    "DequantizeLinear",
+)  # the operators that must become a layer each
 # What an engine of tensorrt-rtx runs on where no target is named (its documentation); later GPUs too.
 RTX_DEFAULTS = ("8.0", "8.6", "8.9", "12.0")
 
@@ -79,7 +91,7 @@ class TensorRTTarget(Target[TensorRTOptions]):
 
         Raises `VerificationError` where the ONNX graph is not the eager model's.
         """
-        builder = choose_builder(options.builder)
+        builder = choose_builder(options.builder, here=not options.compute_capability)
         names = [name for name in options.compute_capability.split(",") if name]
         capabilities = [check_capability(builder, name) for name in names]
         source = Path(draft.source)
@@ -122,15 +134,31 @@ class TensorRTTarget(Target[TensorRTOptions]):
 TENSORRT = TensorRTTarget()
 
 
-def choose_builder(builder: str) -> str:
-    """The edition of TensorRT to build with; the one place where it is decided. Raises `ExportError`."""
-    if builder == "auto":
+def choose_builder(builder: str, here: bool = True) -> str:
+    """The edition of TensorRT to build with; the one place where it is decided. Raises `ExportError`.
+
+    `here`: no GPUs are named to build for, so that "auto" must find an edition that this machine's GPU can run.
+    """
+    automatic = builder == "auto"
+    if automatic:
         builder = "tensorrt" if installed("tensorrt") and gpu_count() else "tensorrt-rtx"
     if not installed(builder):
         raise ExportError(f"{builder} is not installed; {how_to_install(builder)}")
+    if automatic and here and builder == "tensorrt-rtx" and gpu_count():
+        _check_code_for(Device())
     if builder == "tensorrt" and not gpu_count():
         raise ExportError("--builder tensorrt needs a GPU, its driver and cuda-python; tensorrt-rtx builds without")
     return builder
+
+
+def _check_code_for(device: Device) -> None:
+    """Raise `ExportError` where tensorrt-rtx has no code for a GPU."""
+    known = rtx_capabilities(import_builder("tensorrt-rtx"))
+    if device.capability not in known and not later_than(device.capability, known):
+        raise ExportError(
+            f"{device.name} has compute capability {device.capability}, and tensorrt-rtx builds for "
+            f"{', '.join(known)}; {how_to_install('tensorrt')}, or name other GPUs with --compute-capability"
+        )
 
 
 def check_capability(builder: str, name: str) -> str:
@@ -140,14 +168,11 @@ def check_capability(builder: str, name: str) -> str:
             "--compute-capability: tensorrt builds for the GPU at hand; --builder tensorrt-rtx can choose"
         )
     module = import_builder(builder)
-    known = {
-        f"{member[2:-1]}.{member[-1]}": member
-        for member in module.ComputeCapability.__members__
-        if member.startswith("SM")
-    }
+    known = rtx_capabilities(module)
     if name not in known:
         raise ExportError(
-            f"--compute-capability {name}: tensorrt-rtx {module.__version__} builds for {', '.join(known)}"
+            f"--compute-capability {name}: tensorrt-rtx {module.__version__} builds for {', '.join(known)}; for "
+            "another GPU build on a machine that has it, with --builder tensorrt"
         )
     return known[name]
 
@@ -205,6 +230,7 @@ def add_engine(
             "counts": built["counts"],
             "cache_updates": [{"module": modules[c["name"]], **c} for c in built["caches"]],
             "attention": [{"module": modules[a["name"]], **a} for a in built["attention"]],
+            "quantised": [{"module": modules[q["name"]], **q} for q in built["quantised"]],
             "rotary": [{"module": modules[name], "name": name} for name in built["rotary"]],
         },
         "build": {key: built[key] for key in ("bytes", "seconds", "peak_bytes")},
@@ -268,7 +294,11 @@ def _tables(engine: dict[str, Any]) -> list[Table]:
         for index, profile in enumerate(engine["profiles"])
     ]
     counts = [[kind, str(count)] for kind, count in layers["counts"].items()]
-    return [
+    tables = [
         Table(title, ["profile", "tokens a step", "attention fused"], rows),
         Table(f"Layers of {engine['file']}", ["layer", "count"], counts),
     ]
+    quantised = [[weight["module"], weight["name"], weight["type"]] for weight in layers.get("quantised", [])]
+    if quantised:
+        tables.append(Table(f"Quantised weights of {engine['file']}", ["module", "layer", "type"], quantised))
+    return tables

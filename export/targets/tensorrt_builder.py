@@ -66,6 +66,7 @@ def check_layers(
         "TensorScatter": [update["name"] for update in updates],
         "Attention": [attention["name"] for attention in built["attention"]],
         "RotaryEmbedding": built["rotary"],
+        "DequantizeLinear": [weight["name"] for weight in built["quantised"]],
     }
     for operator, names in expected.items():
         lost = sorted(set(names) - set(found[operator]))

@@ -110,6 +110,11 @@ class Build:
                 for layer in layers
                 if layer.type.name == "KV_CACHE_UPDATE"
             ],
+            "quantised": [
+                {"name": layer.name, "type": layer.get_input(0).dtype.name}
+                for layer in layers
+                if layer.type.name == "DEQUANTIZE"
+            ],
             "rotary": [layer.name for layer in layers if layer.type.name == "ROTARY_EMBEDDING"],
             "bytes": os.path.getsize(self.order["engine"]),
             "seconds": time.perf_counter() - started,

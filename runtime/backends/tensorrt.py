@@ -9,7 +9,7 @@ from runtime.artifact.manifest import NEXT_IDS, Artifact
 from runtime.backends.base import Options
 from runtime.backends.cuda import Device, gpu_count, start_driver
 from runtime.backends.gpu_session import GpuSession
-from runtime.backends.tensorrt_editions import how_to_install, import_builder, installed
+from runtime.backends.tensorrt_editions import how_to_install, import_builder, installed, later_than, rtx_capabilities
 from runtime.backends.tensorrt_entry import EngineFile, engine_entries
 from runtime.errors import ArtifactError, RequestError
 
@@ -55,10 +55,10 @@ class TensorRTBackend:
         return TensorRTSession(artifact, choose_engine(artifact), Device(options.device))
 
 
-def rebuild(artifact: Artifact, engine: EngineFile) -> str:
-    """The command that builds the engine again."""
+def rebuild(artifact: Artifact, engine: EngineFile, builder: str | None = None) -> str:
+    """The command that builds the engine again, with another `builder` where one is named."""
     return (
-        f"wm-export tensorrt {artifact.path} --out {artifact.path} --force --builder {engine.builder} "
+        f"wm-export tensorrt {artifact.path} --out {artifact.path} --force --builder {builder or engine.builder} "
         f"--max-batch {engine.max_batch} --max-length {engine.capacity}"
     )
 
@@ -67,11 +67,20 @@ def runs_on(engine: EngineFile, capability: str) -> bool:
     """Whether the engine has code for a GPU of this compute capability: named, or later than all that are named."""
     if engine.builder == "tensorrt" or capability in engine.compute_capabilities:
         return capability in engine.compute_capabilities
-    return _number(capability) > max(_number(name) for name in engine.compute_capabilities)
+    return later_than(capability, engine.compute_capabilities)
 
 
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
+def _not_for(artifact: Artifact, engine: EngineFile, device: Device, trt: Any) -> str:
+    """Why the engine does not run on this GPU, and the command that makes one that does."""
+    words = (
+        f"{artifact.path / engine.file}: was built for compute capability {', '.join(engine.compute_capabilities)}, "
+        f"and {device.name} has {device.capability}"
+    )
+    if engine.builder == "tensorrt":
+        return f"{words}; rebuild it: {rebuild(artifact, engine)}"
+    if device.capability in rtx_capabilities(trt):
+        return f"{words}; rebuild it: {rebuild(artifact, engine)} --compute-capability {device.capability}"
+    return f"{words}, for which {engine.builder} has no code; rebuild it: {rebuild(artifact, engine, 'tensorrt')}"
 
 
 class TensorRTSession(GpuSession):
@@ -87,12 +96,9 @@ class TensorRTSession(GpuSession):
         chunk = max(profile.sequence[2] for profile in engine.profiles)
         super().__init__(artifact, device, engine.max_batch, (engine.capacity,), chunk)
         self.file, path = engine, artifact.path / engine.file
-        if not runs_on(engine, device.capability):
-            raise ArtifactError(
-                f"{path}: was built for compute capability {', '.join(engine.compute_capabilities)}, and {device.name} "
-                f"has {device.capability}; rebuild it: {rebuild(artifact, engine)}"
-            )
         self.trt: Any = import_builder(engine.builder)
+        if not runs_on(engine, device.capability):
+            raise ArtifactError(_not_for(artifact, engine, device, self.trt))
         self.words: list[str] = []
         self.logger = _logger(self.trt, self.words)
         self.runtime = self.trt.Runtime(self.logger)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import SMALL, ours, randomise, rival
+from test_runtime.standin import Driver
 
 from export import ExportError, TensorRTOptions, build_tensorrt
 from export.inspection import inspect_artifact
@@ -90,11 +91,19 @@ def test_every_operator_becomes_its_layer(made, tmp_path, family, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_weights_stay_quantised(exported, tmp_path, name):
-    """The builder takes every DequantizeLinear as a layer of its own, over the codes."""
+    """The builder takes every DequantizeLinear as a layer of its own, over the codes, named with its module."""
     artifact = read_artifact(exported(name)[1])
     engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx", max_length=64))
     nodes = Counter(node.op_type for node in ir.load(artifact.path / artifact.graph.file).graph)
     assert engine["layers"]["counts"]["DEQUANTIZE"] == nodes["DequantizeLinear"] > 10
+    quantised = engine["layers"]["quantised"]
+    assert len(quantised) == nodes["DequantizeLinear"]
+    assert {weight["type"] for weight in quantised} == {name.upper()}
+    found = {(weight["module"], weight["name"]) for weight in quantised}
+    assert ("model.layers.0.mlp.gate_proj", "layers.0.mlp.gate_proj.matmul.dequantize") in found
+    assert ("lm_head", "lm_head.dequantize") in found
+    rows = next(rows for title, _, rows in inspect_artifact(tmp_path / "out").tables if title.startswith("Quantised"))
+    assert [row[:2] for row in rows] == [[weight["module"], weight["name"]] for weight in quantised]
     assert len(engine["layers"]["cache_updates"]) == nodes["TensorScatter"]
 
 
@@ -204,7 +213,7 @@ def test_targets_and_bounds(made, tmp_path):
     ("options", "words"),
     [
         ({"builder": "cuda"}, "--builder is 'cuda'.*tensorrt-rtx"),
-        ({"compute_capability": "9.0"}, r"9\.0: tensorrt-rtx .* builds for 7\.5, 8\.0"),
+        ({"compute_capability": "9.0"}, r"9\.0: tensorrt-rtx .* builds for 7\.5, 8\.0.*with --builder tensorrt$"),
         ({"max_batch": 5}, "--max-batch is 5.*1 to 4"),
         ({"max_length": 65}, "--max-length is 65.*1 to 64"),
         ({"chunk": 1}, "--chunk is 1"),
@@ -229,6 +238,26 @@ def test_tensorrt_needs_a_gpu(monkeypatch):
     with pytest.raises(ExportError, match="tensorrt needs a GPU"):
         engines.choose_builder("tensorrt")
     monkeypatch.setattr(engines, "gpu_count", lambda: 1)
+    assert engines.choose_builder("auto") == "tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_code"), [((8, 9), True), ((9, 0), False), ((10, 0), False), ((13, 0), True)]
+)
+def test_auto_never_builds_what_this_gpu_cannot_run(monkeypatch, capability, has_code):
+    """Where tensorrt-rtx alone is installed; it has no code for an H100, and makes that for later GPUs itself."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Driver(capability=capability))
+    monkeypatch.setattr(engines, "installed", lambda builder: builder == "tensorrt-rtx")
+    assert engines.choose_builder("tensorrt-rtx") == engines.choose_builder("auto", here=False) == "tensorrt-rtx"
+    if has_code:
+        assert engines.choose_builder("auto") == "tensorrt-rtx"
+        return
+    words = (
+        r"Stand-in GPU has compute capability (9|10)\.0, and tensorrt-rtx builds for 7\.5, .*'wm-models\[tensorrt\]'"
+    )
+    with pytest.raises(ExportError, match=words):
+        engines.choose_builder("auto")
+    monkeypatch.setattr(engines, "installed", lambda builder: True)
     assert engines.choose_builder("auto") == "tensorrt"
 
 

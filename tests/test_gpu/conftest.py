@@ -6,8 +6,9 @@ import pytest
 
 from runtime.backends.cuda import Device, start_driver
 from runtime.errors import RequestError
+from test_gpu.material import CARD, Material
 from test_gpu.report import Report
-from test_gpu.stages import CARD, Plan, Suite
+from test_gpu.stages import Suite
 
 REPORT = Path("gpu-report.md")
 
@@ -22,9 +23,9 @@ def lack() -> str | None:
     return None
 
 
-def open_suite(directory: Path, report: Path, plan: Plan = CARD) -> Suite:
-    """A run whose artifacts lie in `directory`."""
-    return Suite(directory, Report(report, Device()), plan)
+def open_suite(material: Material, report: Path) -> Suite:
+    """A run on this machine's first GPU, which writes its report into the file `report`."""
+    return Suite(material, Report(report, Device()))
 
 
 def pytest_collection_modifyitems(items):
@@ -37,4 +38,4 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory):
-    return open_suite(tmp_path_factory.mktemp("gpu"), REPORT)
+    return open_suite(Material(tmp_path_factory.mktemp("gpu"), CARD), REPORT)

@@ -1,4 +1,4 @@
-"""What the GPU suite checks, in the order in which a first failure costs least, and what it is run on.
+"""What the GPU suite checks, in the order in which a first failure costs least.
 
 B batch (slots), S new tokens, V vocabulary.
 """
@@ -7,80 +7,42 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from onnx import TensorProto, helper
 
-from export import OnnxOptions, TensorRTOptions, build_tensorrt, export_onnx
 from export.bench.measure import BaselineOptions, measure
 from export.inspection import inspect_artifact
-from export.source import Source
-from export.verification.cases import Case, draw_sequences
+from export.verification.cases import Case
 from export.verification.comparison import ROUNDED_PRODUCTS_KL_LIMIT, compare
 from export.verification.judging import run_case
-from export.verification.reference import eager_logits
 from runtime import Engine, load
 from runtime.artifact.integrity import read_artifact
 from runtime.backends.cuda import Device
 from runtime.backends.ort import open_session, session_options
 from runtime.backends.ort_gpu import missing, provider_options
 from runtime.backends.tensorrt import TensorRTSession, choose_engine
-from runtime.backends.tensorrt_editions import MODULES, installed
 from runtime.bench import BenchOptions
 from test_gpu.locating import cpu_answers, eager_answers, first_difference
+from test_gpu.material import Material, Plan, Unavailable
 from test_gpu.report import Report, Result, Row
 
-WINDOWED = "windowed"
 LIMIT = 1e-3  # of float32 logits, times max(1, max|logit|), and of the mean KL of the narrower types
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The models and sizes of a run. Models are what `export_onnx` takes.
-
-    `keep` and `spare`: the keep window that is given to `dense` where eviction is tried, and the rows beyond it.
-    """
-
-    dense: str = "doge-3m"
-    hybrid: str = "cheems-20m"
-    speed: str = "doge-160m"
-    baselines: tuple[str, ...] = ("torch-compile",)
-    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
-    schemes: tuple[str, ...] = ("int8", "int4")
-    length: int = 1024
-    steps: int = 64
-    long_steps: int = 512
-    prompts: tuple[int, ...] = (1, 17, 128)
-    ragged: tuple[int, ...] = (5, 33, 20, 1)
-    keep: int = 64
-    spare: int = 128
-    prompt_length: int = 128
-    new_tokens: int = 128
-
-    @property
-    def slots(self) -> int:
-        return max(4, len(self.ragged))
-
-
-CARD = Plan()  # on a GPU
-
-
-class Unavailable(Exception):
-    """What this machine lacks for a stage, which is then not run."""
 
 
 @dataclass(eq=False)
 class Suite:
-    """One run: its artifacts, which lie in `directory`, its report, and the stages' results so far."""
+    """One run: what it is run on, its report, and the stages' results so far."""
 
-    directory: Path
+    material: Material
     report: Report
-    plan: Plan
     results: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        return self.material.plan
 
     def run(self, stage: "Stage") -> Result:
         """The result of a stage, which is written to the report when it ends, whatever it does."""
@@ -101,61 +63,19 @@ class Suite:
         self.report.add(result)
         return result
 
-    @cache  # noqa: B019 a suite lives as long as the process
-    def model(self, source: str) -> Any:
-        """The eager model, in float32 on the CPU."""
-        return Source(source).load_model()
-
-    @cache  # noqa: B019
-    def answers(self, source: str, case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """What each slot of a case reads, and the eager model's logits for it."""
-        model = self.model(source)
-        rows = draw_sequences(case, np.random.default_rng(0), model.config.vocab_size, None)
-        logits = [eager_logits(model, torch.from_numpy(r), at - 1) for r, at in zip(rows, case.prompts, strict=True)]
-        return rows, logits
-
-    @cache  # noqa: B019
-    def windowed(self) -> str:
-        """A checkpoint of the dense model that keeps a window."""
-        model, place = Source(self.plan.dense).load_model(), self.directory / WINDOWED
-        model.config.keep_window_size = self.plan.keep
-        model.save_pretrained(place)
-        return str(place)
-
-    @cache  # noqa: B019
-    def graph(self, source: str, dtype: str = "fp32", quantize: str | None = None) -> Path:
-        """The ONNX artifact of a model, compared with the eager model on the CPU."""
-        place = self.directory / f"{Path(source).name}-{quantize or dtype}"
-        if not place.exists():
-            plan = self.plan
-            options = OnnxOptions(
-                dtype, quantize, max_batch=plan.slots, max_length=plan.length, spare=plan.spare
-            )  # fmt: skip
-            export_onnx(source, place, options)
-        return place
-
-    @cache  # noqa: B019
-    def engine(self, source: str, dtype: str = "fp32", quantize: str | None = None) -> tuple[Path, dict[str, Any]]:
-        """The same with an engine, and the engine's entry."""
-        if not any(installed(builder) for builder in MODULES):
-            raise Unavailable("neither tensorrt nor tensorrt-rtx is installed")
-        graph = self.graph(source, dtype, quantize)
-        place = graph.with_name(f"{graph.name}-engine")
-        return place, build_tensorrt(graph, place, TensorRTOptions(), force=True)
-
     def artifact(self, backend: str, source: str, dtype: str = "fp32", quantize: str | None = None) -> Path:
         if backend == "tensorrt":
-            return self.engine(source, dtype, quantize)[0]
+            return self.material.engine(source, dtype, quantize)[0]
         if reason := missing("cuda"):
             raise Unavailable(reason)
-        return self.graph(source, dtype, quantize)
+        return self.material.graph(source, dtype, quantize)
 
     def compare(self, result: Result, backend: str, source: str, cases: list[Case], dtype: str = "fp32") -> None:
         """A row for each case: the backend's logits beside the eager model's; evidence where one fails."""
         directory, sound = self.artifact(backend, source, dtype), True
         with load(directory, backend=backend) as engine:
             for case in cases:
-                rows, logits = self.answers(source, case)
+                rows, logits = self.material.answers(source, case)
                 verdict = compare(case, logits, run_case(engine, case, rows), None)
                 exact = dtype == "fp32"
                 found = verdict.max_difference if exact else verdict.mean_kl
@@ -177,7 +97,7 @@ class Suite:
                 lines = ["  ".join(row) for row in (columns, *rows)]
                 result.evidence.append("\n".join([title, *lines]))
         ids = np.random.default_rng(1).permutation(artifact.graph.vocabulary)[:17]
-        answers = cpu_answers(artifact, ids) if source is None else eager_answers(self.model(source), ids)
+        answers = cpu_answers(artifact, ids) if source is None else eager_answers(self.material.model(source), ids)
         for chunks in ([ids], [ids[:16], ids[16:]]):
             result.evidence.append(first_difference(artifact, backend, answers, chunks))
 
@@ -228,7 +148,7 @@ def one_kernel(suite: Suite, result: Result) -> None:
         opset_imports=[helper.make_opsetid("", 21)],
         ir_version=10,
     )
-    graph = read_artifact(suite.graph(suite.plan.dense)).graph
+    graph = read_artifact(suite.material.graph(suite.plan.dense)).graph
     session = open_session(
         model.SerializeToString(), session_options(None), provider_options("cuda", graph, device.index)
     )
@@ -261,7 +181,7 @@ def cuda_parity(suite: Suite, result: Result) -> None:
 def tensorrt_parity(suite: Suite, result: Result) -> None:
     plan = suite.plan
     for dtype in plan.dtypes:
-        entry = suite.engine(plan.dense, dtype)[1]
+        entry = suite.material.engine(plan.dense, dtype)[1]
         result.rows.append(
             Row(f"{dtype}: built by {entry['builder']} {entry['version']}", f"{entry['build']['seconds']:.0f} s")
         )
@@ -278,7 +198,7 @@ class _Plain(TensorRTSession):
 def replay(suite: Suite, result: Result) -> None:
     """Replayed steps give the ids of steps that are not, also in buffers that were made anew."""
     for dtype in suite.plan.dtypes:
-        artifact = read_artifact(suite.engine(suite.plan.dense, dtype)[0])
+        artifact = read_artifact(suite.material.engine(suite.plan.dense, dtype)[0])
         with Engine(artifact, _Plain(artifact, choose_engine(artifact), Device())) as plain:
             expected = [plain.generate_ids(ids, suite.plan.steps) for ids in ([5, 6, 7], [8, 9])]
         with load(artifact.path, backend="tensorrt") as engine:
@@ -324,7 +244,7 @@ def ragged_batch(suite: Suite, result: Result) -> None:
 def eviction(suite: Suite, result: Result) -> None:
     plan, prompt = suite.plan, suite.plan.keep + suite.plan.spare + 8
     case = Case(f"keep window {plan.keep}, prompt {prompt}, {plan.steps} steps", (prompt, 9), plan.steps, (0, 0))
-    _both(suite, result, suite.windowed(), [case])
+    _both(suite, result, suite.material.windowed(), [case])
 
 
 def hybrid(suite: Suite, result: Result) -> None:
@@ -336,9 +256,9 @@ def quantised(suite: Suite, result: Result) -> None:
     """Beside the portable graph of the same codes on the CPU, which was compared with the eager model."""
     plan = suite.plan
     for scheme in plan.schemes:
-        directory = suite.engine(plan.dense, quantize=scheme)[0]
+        directory = suite.material.engine(plan.dense, quantize=scheme)[0]
         case, sound = Case(f"prompt 17, {plan.steps} steps", (17,), plan.steps, (0,)), True
-        rows, _ = suite.answers(plan.dense, case)
+        rows, _ = suite.material.answers(plan.dense, case)
         with load(directory, backend="cpu") as cpu, load(directory, backend="tensorrt") as engine:
             verdict = compare(case, run_case(cpu, case, rows), run_case(engine, case, rows), ROUNDED_PRODUCTS_KL_LIMIT)
         sound = verdict.passed
@@ -349,7 +269,7 @@ def quantised(suite: Suite, result: Result) -> None:
 
 
 def memory_comes_back(suite: Suite, result: Result) -> None:
-    with load(suite.engine(suite.plan.dense)[0], backend="tensorrt") as engine:
+    with load(suite.material.engine(suite.plan.dense)[0], backend="tensorrt") as engine:
         session: Any = engine.session
         driver, length = session.device.driver, session.graph.max_length
         session.allocate(4, length)
@@ -366,7 +286,7 @@ def speed(suite: Suite, result: Result) -> None:
     """Batch 1, prompt 128: figures for the report, and no limit."""
     plan = suite.plan
     for dtype in plan.dtypes:
-        directory = suite.engine(plan.speed, dtype)[0]
+        directory = suite.material.engine(plan.speed, dtype)[0]
         options = BenchOptions(backend="tensorrt", prompt_length=plan.prompt_length, new_tokens=plan.new_tokens)
         found = measure(directory, options, BaselineOptions(list(plan.baselines)))
         result.rows.append(Row(f"{dtype}: decode, tokens/s", f"{found['decode_tokens_per_second']:.0f}"))

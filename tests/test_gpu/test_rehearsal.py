@@ -13,19 +13,26 @@ from test_export.conftest import lowered, save_checkpoint
 from test_runtime import standin
 from test_runtime.standin import Context, Driver, Engine, Module, Result
 
+from export import OnnxOptions
 from export.bench import measure as measuring
+from export.package.manifest import write_manifest
 from export.source import Source
 from export.targets import tensorrt as target
+from export.targets.base import Draft
+from export.targets.onnx_artifact import ONNX
 from runtime.artifact.integrity import read_artifact
 from runtime.backends import ort_gpu
+from test_gpu import material as materials
 from test_gpu import stages, test_gpu
 from test_gpu.conftest import lack, open_suite
 from test_gpu.locating import cpu_answers, eager_answers
+from test_gpu.material import WINDOWED, Material, Plan
 from test_gpu.report import FAILED, NOT_RUN, PASSED
-from test_gpu.stages import STAGES, WINDOWED, Plan
+from test_gpu.stages import STAGES
 
 BASELINE = {"generate_seconds": 1.0, "step_seconds": 0.5, "context_seconds": {}}
 HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
+CARD = "NVIDIA L4"
 NAMED = {stage.name: stage for stage in STAGES}
 
 
@@ -44,8 +51,8 @@ def plan(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def directory(plan, tmp_path_factory):
-    """Where artifacts lie, which every run of the suite uses. Their graphs are compared by the suite alone."""
+def material(plan, tmp_path_factory):
+    """What every run of the suite uses: it is made once. The graphs are compared by the suite alone."""
     root = tmp_path_factory.mktemp("artifacts")
     for source, name, dtype in (
         (plan.dense, "dense", "fp32"), (plan.dense, "dense", "fp16"), (plan.dense, WINDOWED, "fp32"),
@@ -56,13 +63,18 @@ def directory(plan, tmp_path_factory):
             model.config.keep_window_size = plan.keep
         sizes = {"max_batch": plan.slots, "max_length": plan.length, "spare": plan.spare}
         lowered(root / f"{name}-{dtype}", model, dtype, **sizes)
-    return root
+    for scheme in plan.schemes:
+        draft = Draft(root / f"dense-{scheme}", plan.dense)
+        draft.directory.mkdir()
+        ONNX.write(draft, OnnxOptions(quantize=scheme, max_batch=plan.slots, max_length=plan.length, spare=plan.spare))
+        write_manifest(draft.directory, draft.manifest, verified=True)
+    return Material(root, plan)
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A GPU with its driver, TensorRT-RTX and ONNX Runtime's build for it, all of them stand-ins."""
-    driver = Driver()
+    driver = Driver(name=CARD)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", Module(driver))
     monkeypatch.setattr(target, "run_builder", standin.run_builder)
@@ -74,9 +86,9 @@ def machine(monkeypatch):
 
 
 @pytest.fixture
-def suite(plan, directory, machine, tmp_path):
+def suite(material, machine, tmp_path):
     assert lack() is None
-    return open_suite(directory, tmp_path / "report.md", plan)
+    return open_suite(material, tmp_path / "report.md")
 
 
 def test_all_of_it_passes(suite, machine):
@@ -84,7 +96,7 @@ def test_all_of_it_passes(suite, machine):
         test_gpu.test_stage(suite, stage)
     assert [result.verdict for result in suite.results.values()] == [PASSED] * len(STAGES)
     text = suite.report.path.read_text()
-    assert text.startswith("# Stand-in GPU\n\nCompute capability 8.9, driver's CUDA 13.2, ")
+    assert text.startswith(f"# {CARD}\n\nCompute capability 8.9, driver's CUDA 13.2, ")
     assert [line for line in text.splitlines() if line.startswith("##")] == [
         f"## {stage.name}: passed, {suite.results[stage.name].seconds:.0f} s" for stage in STAGES
     ]
@@ -228,8 +240,9 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_wrong_stand_in_is_caught(suite, monkeypatch, mutant):
-    """By each of these stages, which go on after another one failed."""
+    """By each of these stages, which go on after another one failed. What explains a failure has tests of its own."""
     mutant(monkeypatch)
+    monkeypatch.setattr(stages.Suite, "explain", lambda suite, *failed: None)
     for name in MUTANTS[mutant]:
         result = suite.run(stages.Stage(name, NAMED[name].check))
         assert result.verdict == FAILED, name
@@ -265,11 +278,12 @@ def test_a_quantised_engine_is_held_against_the_graph_on_the_cpu(suite, monkeypa
 
 
 @pytest.mark.parametrize("family", ["dense", "hybrid"])
-def test_the_graph_has_the_eager_models_values(suite, plan, directory, family):
+def test_the_graph_has_the_eager_models_values(material, family):
     """Every layer's parts are compared, and each agrees in ONNX Runtime on the CPU."""
     ids, compared = np.arange(3, 20), 0
-    eager = eager_answers(suite.model(getattr(plan, family)), ids)
-    for module, found in cpu_answers(read_artifact(directory / f"{family}-fp32"), ids).items():
+    source = getattr(material.plan, family)
+    eager = eager_answers(material.model(source), ids)
+    for module, found in cpu_answers(read_artifact(material.graph(source)), ids).items():
         if module in eager and eager[module].shape[1] == found.shape[1]:
             expected = eager[module][-len(found) :]
             np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=module)
@@ -281,7 +295,7 @@ def test_what_a_machine_lacks_is_written(suite, monkeypatch):
     """A stage is left out where a package is missing, and where what it needs failed."""
     for module in (ort_gpu, stages):
         monkeypatch.setattr(module, "missing", lambda provider: "no GPU build of ONNX Runtime")
-    monkeypatch.setattr(stages, "installed", lambda builder: False)
+    monkeypatch.setattr(materials, "installed", lambda builder: False)
     for name in ("one kernel", "ONNX Runtime on CUDA", "TensorRT engines", "CUDA graph replay", "many steps"):
         with pytest.raises(pytest.skip.Exception):
             test_gpu.test_stage(suite, NAMED[name])

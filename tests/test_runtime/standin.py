@@ -42,12 +42,13 @@ class Driver:
     class CUstreamCaptureMode:
         CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1
 
-    def __init__(self, capability=(8, 9), memory=1 << 30, gpus=1):
-        self.capability, self.total, self.gpus = capability, memory, gpus
+    def __init__(self, capability=(8, 9), memory=1 << 30, gpus=1, name="Stand-in GPU"):
+        self.capability, self.total, self.gpus, self.name = capability, memory, gpus, name
         self.calls: list[str] = []
         self.blocks: dict[int, ctypes.Array] = {}
         self.capturing: list | None = None
         self.pending: list = []  # what is on the stream
+        self.chosen: int | None = None  # the GPU that was asked for last
 
     def __getattribute__(self, name):
         if name.startswith("cu"):
@@ -82,6 +83,7 @@ class Driver:
         return Result.CUDA_SUCCESS, self.gpus
 
     def cuDeviceGet(self, index):
+        self.chosen = index
         return Result.CUDA_SUCCESS, index
 
     def cuDevicePrimaryCtxRetain(self, device):
@@ -91,7 +93,7 @@ class Driver:
         return (Result.CUDA_SUCCESS,)
 
     def cuDeviceGetName(self, length, device):
-        return Result.CUDA_SUCCESS, b"Stand-in GPU".ljust(length, b"\0")
+        return Result.CUDA_SUCCESS, self.name.encode().ljust(length, b"\0")
 
     def cuDeviceGetAttribute(self, attribute, device):
         return Result.CUDA_SUCCESS, self.capability[attribute - 75]
@@ -267,6 +269,9 @@ class Module:
         def __init__(self):
             pass
 
+    class ComputeCapability(IntEnum):
+        NONE, SM75, SM80, SM86, SM89, SM120, SM121 = 0, 75, 80, 86, 89, 120, 121
+
     class ExecutionContextAllocationStrategy:
         USER_MANAGED = "user managed"
 
@@ -309,7 +314,8 @@ def run_builder(order, builder, modules, progress):
     Path(order["engine"]).write_bytes(engine)
     Path(order["log"]).write_text("INFO: a stand-in\n")
     nodes = onnx.load(order["model"], load_external_data=False).graph.node
-    named = {kind: [node for node in nodes if node.op_type == kind] for kind in ("TensorScatter", "Attention")}
+    kinds = ("TensorScatter", "Attention", "DequantizeLinear")
+    named = {kind: [node for node in nodes if node.op_type == kind] for kind in kinds}
     return {
         "version": VERSION,
         "profiles": profiles,
@@ -318,6 +324,7 @@ def run_builder(order, builder, modules, progress):
         "caches": [
             {"name": node.name, "input": node.input[0], "output": node.output[0]} for node in named["TensorScatter"]
         ],
+        "quantised": [{"name": node.name, "type": "INT8"} for node in named["DequantizeLinear"]],
         "rotary": [node.name for node in nodes if node.op_type == "RotaryEmbedding"],
         "bytes": len(engine),
         "seconds": 0.0,

@@ -6,6 +6,7 @@ GPU backends run over stand-ins for the driver and the execution providers.
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,18 +128,25 @@ def artifact(tmp_path_factory):
     return read_artifact(directory)
 
 
-@pytest.fixture(params=[*BACKENDS, "toy"])
-def opened(request, artifact, toy, monkeypatch):
-    """A session of each backend, on this machine or over stand-ins."""
+@contextmanager
+def two_gpus(monkeypatch, artifact, backend):
+    """Within it a machine has two GPUs and all that `backend` needs there, stand-ins: their driver."""
     driver = Driver(gpus=2)
     aliases = {state.output: state.input for state in artifact.graph.states}
     with monkeypatch.context() as patch:
         patch.setattr(cuda.importlib, "import_module", lambda name: driver)
-        if request.param in ("cuda", "ort-tensorrt"):
+        if backend in ("cuda", "ort-tensorrt"):
             patch.setattr(ort_gpu, "missing", lambda provider: None)
             patch.setattr(onnxruntime, "InferenceSession", OrtSession)
         patch.setattr(tensorrt, "installed", lambda builder: True)
         patch.setattr(tensorrt, "import_builder", lambda builder: Module(driver, VERSION, aliases))
+        yield driver
+
+
+@pytest.fixture(params=[*BACKENDS, "toy"])
+def opened(request, artifact, toy, monkeypatch):
+    """A session of each backend, on this machine or over stand-ins."""
+    with two_gpus(monkeypatch, artifact, request.param) as driver:
         backend = choose_backend(artifact, request.param)
         session = backend.open(artifact, Options(device=1 if backend.has_devices else 0))
     yield session
@@ -293,6 +301,23 @@ def test_a_device_is_for_backends_that_have_several(artifact, toy, monkeypatch):
     monkeypatch.setattr(ort_gpu, "missing", lambda provider: None)
     with pytest.raises(RequestError, match="GPU 3 is asked for; the driver shows 1"):
         load(artifact.path, "cuda", device=3)
+
+
+@pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.has_devices])
+def test_the_card_is_the_one_that_is_asked_for(artifact, monkeypatch, backend):
+    """The first unless another is named; one that is not there is refused before memory is taken."""
+    with two_gpus(monkeypatch, artifact, backend) as driver:
+        for device in (None, 1):
+            with load(artifact.path, backend, device=device) as engine:
+                assert driver.chosen == engine.session.device.index == (device or 0)
+                assert len(engine.generate_ids([5, 6, 7], 3)) == 3
+        with pytest.raises(RequestError, match="GPU 2 is asked for; the driver shows 2"):
+            load(artifact.path, backend, device=2)
+        assert driver.used == 0
+    graph = artifact.graph
+    for provider in ort_gpu.NAMES:
+        cards = [options for _, options in ort_gpu.provider_options(provider, graph, 1) if options]
+        assert [options["device_id"] for options in cards] == ["1"] * len(cards)
 
 
 def test_auto_takes_the_first_that_misses_nothing(artifact, toy, monkeypatch):

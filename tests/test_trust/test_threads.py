@@ -189,7 +189,7 @@ def test_an_engine_s_directory_is_held_until_it_is_whole(artifact, tmp_path, mon
         (found.path / "engine").write_bytes(b"engine")
         return {"file": "engine"}
 
-    monkeypatch.setattr(tensorrt, "choose_builder", lambda name: name)
+    monkeypatch.setattr(tensorrt, "choose_builder", lambda name, here: name)
     monkeypatch.setattr(tensorrt, "add_engine", build)
     build_tensorrt(artifact.parent / "checkpoint", out, TensorRTOptions(max_length=64, max_batch=1))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
