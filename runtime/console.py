@@ -7,11 +7,11 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
 from importlib.metadata import version
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import click
 import rich.progress
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from runtime.options import option as option
 
+T = TypeVar("T")
 DELAY = 5.0  # seconds before a progress bar shows
 
 
@@ -67,9 +68,12 @@ def _parameter(declared: Field[Any], kind: Any) -> inspect.Parameter:
 
 
 class Progress:
-    """A bar with the time left, on stderr where that is a terminal, for work that takes over `DELAY` seconds."""
+    """A bar with the time left, on stderr where that is a terminal, for work that takes over `DELAY` seconds.
 
-    def __init__(self, name: str) -> None:
+    None where it is not to be `shown`.
+    """
+
+    def __init__(self, name: str, shown: bool = True) -> None:
         console = Console(stderr=True)
         columns = (
             rich.progress.TextColumn("{task.description}"),
@@ -77,8 +81,10 @@ class Progress:
             rich.progress.TaskProgressColumn(),
             rich.progress.TimeRemainingColumn(),
         )
-        self._bar = rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task(name, total=0, visible=False)
+        self._bar = rich.progress.Progress(
+            *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+        )
+        self._task = self._bar.add_task(name, total=None, visible=False)
         self._started = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -95,6 +101,12 @@ class Progress:
     def advance(self) -> None:
         """One unit of work is done."""
         self._bar.update(self._task, advance=1, visible=time.monotonic() - self._started > DELAY)
+
+    def track(self, units: Iterable[T]) -> Iterator[T]:
+        """The same units of work; one is done when the next is asked for."""
+        for unit in units:
+            yield unit
+            self.advance()
 
 
 def answered(flag: str, help: str, answer: Callable[[], str]) -> Any:

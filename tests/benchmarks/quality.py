@@ -20,7 +20,7 @@ from export.verification.eager_scorer import EagerScorer
 from runtime import load
 from runtime.evaluation.perplexity import PerplexityOptions, perplexity
 from runtime.evaluation.tasks import EvaluateOptions, evaluate
-from wm_models.training.data import hold_out, read_documents, standard_library
+from wm_models.training.data import Corpus, read_documents, standard_library
 from wm_models.training.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=200, help="of each task")
     options = parser.parse_args()
     recipe = Recipe.load("doge-3m", {})
-    _, documents = hold_out(read_documents((), recipe.exclude, skip_bad=True), recipe.held_out)
+    corpus = Corpus(lambda: read_documents((), recipe.exclude, skip_bad=True), recipe.held_out)
+    documents = list(corpus.held_out_documents())
     table = Table("", *COLUMNS, title=options.source, title_justify="left")
     with TemporaryDirectory() as made:
         folder = Path(made)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from wm_models.training import TrainingError
-from wm_models.training.data import Document, hold_out, read_documents
+from wm_models.training.data import Corpus, Document, read_documents
 
 
 def names(sources, **options):
@@ -72,7 +72,7 @@ def test_the_standard_library_is_the_default():
 def test_errors_name_the_file(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TrainingError) as error:
-        read_documents([str(tmp_path / name)])
+        list(read_documents([str(tmp_path / name)]))
     assert words in str(error.value)
 
 
@@ -83,27 +83,44 @@ def test_bad_files_can_be_left_out(folder):
 
 def test_nothing_there(tmp_path):
     with pytest.raises(TrainingError, match="no such file or directory"):
-        read_documents([str(tmp_path / "none")])
+        list(read_documents([str(tmp_path / "none")]))
+
+
+def split(documents, patterns=()):
+    corpus = Corpus(lambda: documents, patterns)
+    parts = list(corpus.training_documents()), list(corpus.held_out_documents())
+    assert tuple(map(len, parts)) == (corpus.training, corpus.held_out)
+    return parts
 
 
 def test_held_out():
     documents = [Document(f"{number}.py", f"text {number}") for number in range(500)]
-    kept, held = hold_out(documents, [])
+    kept, held = split(documents)
     assert 2 <= len(held) <= 25
     assert sorted(kept + held) == sorted(documents)
-    more_kept, more_held = hold_out([*documents, Document("another.py", "text")], [])
+    more_kept, more_held = split([*documents, Document("another.py", "text")])
     assert set(held) <= set(more_held)
     assert set(kept) <= set(more_kept)
-    assert [document.name for document in hold_out(documents, ["7*.py"])[1]][:2] == ["7.py", "70.py"]
+    assert [document.name for document in split(documents, ["7*.py"])[1]][:2] == ["7.py", "70.py"]
     for patterns in (["none"], ["*"]):
         with pytest.raises(TrainingError, match="held_out matches"):
-            hold_out(documents, patterns)
+            split(documents, patterns)
 
 
 def test_one_document_gives_its_end():
-    (kept,), (held,) = hold_out([Document("book.txt", "abcdefghij" * 10)], [])
+    (kept,), (held,) = split([Document("book.txt", "abcdefghij" * 10)])
     assert kept.text + held.text == "abcdefghij" * 10
     assert len(held.text) == 5
+
+
+def test_a_bad_line_leaves_out_its_whole_file(tmp_path):
+    """It is named by its byte in the file, wherever in the file it is."""
+    good = b"".join(json.dumps({"text": f"text {number}"}).encode() + b"\n" for number in range(100))
+    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "caf\xe9"}\n')
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(TrainingError, match=rf"a\.jsonl: is not UTF-8 \(byte {len(good) + 13}\)"):
+        list(read_documents([str(tmp_path)]))
+    assert names([tmp_path], skip_bad=True) == ["b.txt"]
 
 
 @pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [b"a", b"b"], [{"a": "b"}]], ids=lambda v: str(v)[:8])
@@ -113,7 +130,7 @@ def test_columns_that_are_no_text(tmp_path, values):
     datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / "saved")
     for source in ("a.parquet", "saved"):
         with pytest.raises(TrainingError, match=r"its column text has the type .*; expected string"):
-            read_documents([str(tmp_path / source)])
+            list(read_documents([str(tmp_path / source)]))
 
 
 def test_every_column_of_strings(tmp_path):
@@ -128,7 +145,7 @@ def test_parquet_that_is_not_utf_8(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(TrainingError, match=r"a.parquet: is not UTF-8 .*--skip-bad"):
-        read_documents([str(tmp_path)])
+        list(read_documents([str(tmp_path)]))
     assert names([tmp_path], skip_bad=True) == ["b.txt"]
 
 
@@ -136,10 +153,10 @@ def test_pipes_are_no_files(tmp_path):
     """A named pipe is refused by name and passed over in a folder; it is never opened."""
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(TrainingError, match="is a pipe, a socket or a device"):
-        read_documents([str(tmp_path / "pipe.txt")])
+        list(read_documents([str(tmp_path / "pipe.txt")]))
     for source in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(TrainingError, match="no text found"):
-            read_documents([str(source)])
+            list(read_documents([str(source)]))
 
 
 def test_lines_of_json_end_at_the_newline_alone(tmp_path):
@@ -153,4 +170,4 @@ def test_lines_of_json_end_at_the_newline_alone(tmp_path):
 def test_lines_of_json_that_no_tokenizer_takes(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line)
     with pytest.raises(TrainingError, match=r"a\.jsonl:1: "):
-        read_documents([str(tmp_path)])
+        list(read_documents([str(tmp_path)]))

@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing predicted twice, nothing seen across a border."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from wm_models import shipped_tokenizer
 from wm_models.losses import IGNORED
 from wm_models.training.data import Document
 from wm_models.training.report import bits_per_byte
-from wm_models.training.rows import pack
+from wm_models.training.rows import ENCODED_AT_ONCE, pack
 
 TOKENIZER = shipped_tokenizer()
 BEGIN, END, PAD = 0, 1, 2
@@ -45,7 +46,7 @@ def test_positions_count_within_a_document_and_a_row():
     rows = pack(documents(["a b c d e f g", "h"]), TOKENIZER, 4)
     tokens = [len(TOKENIZER(text, add_special_tokens=False).input_ids) + 2 for text in ("a b c d e f g", "h")]
     assert tokens == [9, 3]
-    assert rows.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0]]
+    assert rows.positions(slice(None)).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0]]
     assert rows.lengths.tolist() == [4, 4, 4, 3]
 
 
@@ -55,7 +56,7 @@ def test_counts_divide():
     assert len(rows.divisible(3)) == 6
     repeated = rows.divisible(20)
     assert len(repeated) == 20
-    assert np.array_equal(repeated.ids[8:16], rows.ids)
+    assert np.array_equal(repeated.ids(slice(8, 16)), rows.ids(slice(None)))
     filled = rows.filled(5)
     assert len(filled) == 10
     assert filled.targets == rows.targets
@@ -65,10 +66,40 @@ def test_counts_divide():
 
 def test_special_tokens_in_a_text_are_text():
     rows = pack(documents(["<|pad|>"]), TOKENIZER, 16)
-    assert rows.ids[0].tolist().count(PAD) == 16 - rows.lengths[0]
+    assert rows.ids(0).tolist().count(PAD) == 16 - rows.lengths[0]
 
 
 def test_bits_per_byte():
     """A model that gives every one of 256 bytes the same chance needs eight bits for each."""
-    assert bits_per_byte(math.log(256), 6, documents(["é", "abcd"])) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), 6, len("éabcd".encode())) == pytest.approx(8)
     assert torch.is_tensor(pack(documents(["x"]), TOKENIZER, 4)[0]["labels"])
+
+
+def test_texts_are_let_go_as_they_are_read(tmp_path):
+    """A corpus may be larger than memory: few documents are alive at once. The files of tokens have no name."""
+    alive = peak = 0
+
+    class Text(str):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def read():
+        nonlocal alive, peak
+        for number in range(40):
+            alive += 1
+            peak = max(peak, alive)
+            yield Document(str(number), Text(f"text {number} " * (ENCODED_AT_ONCE // 60)))
+
+    rows = pack(read(), TOKENIZER, 16, tmp_path)
+    assert peak < 20
+    assert not list(tmp_path.iterdir())
+    whole = pack(list(read()), TOKENIZER, 16)
+    assert rows.digest() == whole.digest()
+
+
+def test_a_digest_is_that_of_all_rows_at_once():
+    """Runs that were begun before tokens lay in files can be resumed."""
+    rows = pack(documents(["word " * 50, "a b c"]), TOKENIZER, 8)
+    everything = [part(slice(None)) for part in (rows.ids, rows.positions)]
+    assert rows.digest() == hashlib.sha256(b"".join(part.tobytes() for part in everything)).hexdigest()

@@ -1,4 +1,4 @@
-"""Text out of files: paths to documents, and which of them are held out."""
+"""Text out of files: paths to documents, one at a time, and which of them are held out."""
 
 import glob
 import hashlib
@@ -6,8 +6,9 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,66 +29,103 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def read_documents(sources: Sequence[str], exclude: Sequence[str] = (), skip_bad: bool = False) -> list[Document]:
+def read_documents(sources: Sequence[str], exclude: Sequence[str] = (), skip_bad: bool = False) -> Iterator[Document]:
     """Every document of files, folders and globs of .txt, .md, .py, .jsonl and .parquet, and of directories that
     `datasets` saved, in order of their names; by default the standard library's, without installed packages.
 
-    .jsonl and .parquet hold one document a row, in the field `text`. `exclude` are patterns of names, as in `fnmatch`.
-    Empty documents are left out, and with `skip_bad` so are files that are not UTF-8. Raises `TrainingError`.
+    .jsonl and .parquet hold one document a row, in the field `text`, and are read row by row. `exclude` are patterns of
+    names, as in `fnmatch`. Empty documents are left out, and with `skip_bad` so are files that are not UTF-8. Raises
+    `TrainingError`.
     """
-    found: list[Document] = []
+    found = False
     for source in sources or [str(standard_library())]:
         for root, file in files(source):
             name = file.relative_to(root).as_posix()
             if "site-packages" not in file.parts and not matches(name, exclude):
-                found += (document for document in _read(file, name, skip_bad) if document.text.strip())
+                for document in _read(file, name, skip_bad):
+                    if document.text.strip():
+                        found = True
+                        yield document
     if not found:
         raise TrainingError(f"no text found in {', '.join(sources)}; expected {', '.join(SUFFIXES)} that are not empty")
-    return found
 
 
-def hold_out(documents: Sequence[Document], patterns: Sequence[str]) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and the ones to keep for measuring, by `held_out_names`.
+class Corpus:
+    """Documents to train on, and the ones to keep for measuring; `read` reads them anew each time.
 
-    Where that leaves either side empty, the last twentieth of the longest document is held out.
+    A document is held out by its name: one that `patterns` match or, without any, one in 50. Where that leaves either
+    side empty, the last twentieth of the longest document is held out. `total`, `training` and `held_out` count
+    documents.
+    Raises `TrainingError` for patterns that match nothing, or everything.
     """
-    chosen = held_out_names([document.name for document in documents], patterns)
-    kept = [document for document, out in zip(documents, chosen, strict=True) if not out]
-    held = [document for document, out in zip(documents, chosen, strict=True) if out]
-    if not kept or not held:
-        longest = max(documents, key=lambda document: len(document.text))
-        cut = len(longest.text) * 19 // 20
-        kept = [document for document in documents if document is not longest]
-        kept.append(Document(longest.name, longest.text[:cut]))
-        held = [Document(f"{longest.name} (end)", longest.text[cut:])]
-    return kept, held
+
+    def __init__(self, read: Callable[[], Iterable[Document]], patterns: Sequence[str]):
+        self._read, self._patterns = read, patterns
+        total = held_out = longest = cut = 0
+        for document in read():
+            if len(document.text) > longest:
+                cut, longest = total, len(document.text)
+            total += 1
+            held_out += is_held_out(document.name, patterns)
+        check_held_out(held_out, total, patterns)
+        self._cut = None if 0 < held_out < total else cut  # the number of the document that is cut
+        self.total = total
+        self.training, self.held_out = (total - held_out, held_out) if self._cut is None else (total, 1)
+
+    def training_documents(self) -> Iterator[Document]:
+        """What is trained on, in order."""
+        return (document for document, held_out in self._parts() if not held_out)
+
+    def held_out_documents(self) -> Iterator[Document]:
+        """What is measured on, in order."""
+        return (document for document, held_out in self._parts() if held_out)
+
+    def _parts(self) -> Iterator[tuple[Document, bool]]:
+        """Every document, or part of one, and whether it is held out."""
+        for number, document in enumerate(self._read()):
+            if number == self._cut:
+                at = len(document.text) * 19 // 20
+                yield Document(document.name, document.text[:at]), False
+                yield Document(f"{document.name} (end)", document.text[at:]), True
+            else:
+                yield document, self._cut is None and is_held_out(document.name, self._patterns)
 
 
-def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> list[bool]:
-    """Which names are held out: those that match `patterns`, without any one in 50.
+class Measured:
+    """Documents, of which the first and the bytes of all are known once they have been gone through."""
 
-    That one is chosen by a hash of the name, so the choice stays when others are added. Raises `TrainingError` for
-    patterns that match nothing, or everything.
+    def __init__(self, documents: Iterator[Document]):
+        self.first, self.size, self._rest = next(documents), 0, documents
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in chain([self.first], self._rest):
+            self.size += len(document.text.encode())
+            yield document
+
+
+def is_held_out(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a document or chat of this name is held out: as `patterns` say or, without any, one in 50.
+
+    That one is chosen by a hash of the name, so the choice stays when others are added.
     """
-    if not patterns:
-        return [_hash(name) % HELD_OUT_SHARE == 0 for name in names]
-    chosen = [matches(name, patterns) for name in names]
-    if all(chosen) or not any(chosen):
+    if patterns:
+        return matches(name, patterns)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def check_held_out(held_out: int, total: int, patterns: Sequence[str]) -> None:
+    """Raise `TrainingError` for patterns that match nothing, or everything."""
+    if patterns and not 0 < held_out < total:
         raise TrainingError(
-            f"held_out matches {sum(chosen)} of {len(names)} documents; expected some, and others to train on; "
+            f"held_out matches {held_out} of {total} documents; expected some, and others to train on; "
             "give other patterns with --held-out, or --held-out '' to hold out one document in "
             f"{HELD_OUT_SHARE}"
         )
-    return chosen
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name is one that `patterns` describe, as in `fnmatch`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def files(source: str) -> Iterator[tuple[Path, Path]]:
@@ -122,25 +160,33 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _read(file: Path, name: str, skip_bad: bool) -> Iterator[Document]:
-    readers = {".parquet": _parquet_texts, ".jsonl": _json_texts}
     try:
-        if file.is_dir():
-            found = _rows(name, _dataset_texts(file))
-        elif file.suffix in readers:
-            found = _rows(name, readers[file.suffix](file))
-        else:
-            found = [Document(name, file.read_text(encoding="utf-8"))]
+        if skip_bad:  # a file is left out as a whole, so it is read to its end before any of it counts
+            for _ in _texts(file):
+                pass
+        for row, text in enumerate(_texts(file)):
+            yield Document(f"{name}:{row}" if _has_rows(file) else name, text)
     except UnicodeDecodeError as error:
         if skip_bad:
             return
         raise TrainingError(
             f"{file}: is not UTF-8 (byte {error.start}); convert it, or leave such files out with --skip-bad"
         ) from error
-    yield from found
 
 
-def _rows(name: str, texts: Iterable[str]) -> list[Document]:
-    return [Document(f"{name}:{row}", text) for row, text in enumerate(texts)]
+def _has_rows(file: Path) -> bool:
+    return file.is_dir() or file.suffix in (".jsonl", ".parquet")
+
+
+def _texts(file: Path) -> Iterator[str]:
+    if file.is_dir():
+        return _dataset_texts(file)
+    readers = {".parquet": _parquet_texts, ".jsonl": _json_texts}
+    return readers.get(file.suffix, _whole_text)(file)
+
+
+def _whole_text(file: Path) -> Iterator[str]:
+    yield file.read_text(encoding="utf-8")
 
 
 def _json_texts(file: Path) -> Iterator[str]:
@@ -156,14 +202,23 @@ def _json_texts(file: Path) -> Iterator[str]:
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """The value of each line that is not blank, with the line's number. Raises `TrainingError` for what is no JSON."""
-    # "\n" alone ends a line: a JSON string may hold the other characters at which splitlines() splits
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
+    """The value of each line that is not blank, with the line's number. Raises `TrainingError` for what is no JSON, and
+    UnicodeDecodeError, whose `start` counts from the file's beginning."""
+    read = 0
+    # bytes, since "\n" alone ends a line: a JSON string may hold the other characters at which texts are split
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TrainingError(f"{file}:{number}: expected a JSON object on each line") from error
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                error.start += read
+                raise
+            read += len(line)
+            if text.strip():
+                try:
+                    yield number, json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise TrainingError(f"{file}:{number}: expected a JSON object on each line") from error
 
 
 def _parquet_texts(file: Path) -> Iterator[str]:

@@ -97,9 +97,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / DAY:.1f} days"
 
 
-def bits_per_byte(loss: float, targets: int, documents: Sequence[Document]) -> float:
-    """A mean loss in nats over `targets` predictions, as bits for each byte of the UTF-8 text they spell."""
-    size = sum(len(document.text.encode()) for document in documents)
+def bits_per_byte(loss: float, targets: int, size: int) -> float:
+    """A mean loss in nats over `targets` predictions, as bits for each of the `size` bytes of UTF-8 that they spell."""
     return loss * targets / math.log(2) / size
 
 

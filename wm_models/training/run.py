@@ -30,11 +30,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerState,
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 
+from runtime.console import Progress
 from runtime.host.disk import settle, sync
 from wm_models import DogeConfig, preset, shipped_tokenizer
 from wm_models.checkpoint.files import one_line, shown
 from wm_models.presets import MODELS, has_tokenizer
-from wm_models.training.data import Document, hold_out, read_documents
+from wm_models.training.data import Corpus, Measured, read_documents
 from wm_models.training.errors import TrainingError
 from wm_models.training.recipe import AUTO, DPO, SFT, TEXT, Recipe
 from wm_models.training.report import Progressing, bits_per_byte, curves, draw, sample, save_report, text_prompt
@@ -69,8 +70,9 @@ class Prepared(NamedTuple):
     tokens that have a label, or the pairs.
     """
 
-    train: list[Document]
-    held_out: list[Document]
+    train: int  # documents or chats
+    held_out: int
+    held_out_bytes: int  # of their text
     tokenizer: PreTrainedTokenizerFast
     config: DogeConfig
     train_rows: Any  # Rows, or Pairs of a dpo run
@@ -80,9 +82,9 @@ class Prepared(NamedTuple):
     begin: Callable[[TrainingArguments, list[TrainerCallback]], WholeTrainer]
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read, split, tokenise and pack a recipe's data."""
-    return prepare_text(recipe) if recipe.task == TEXT else prepare_tuning(recipe)
+def prepare(recipe: Recipe, folder: Path | None = None, shown: bool = False) -> Prepared:
+    """Read, split, tokenise and pack a recipe's data. Of `folder` and `shown` see `prepare_text`."""
+    return prepare_text(recipe, folder, shown) if recipe.task == TEXT else prepare_tuning(recipe)
 
 
 def prepare_tuning(recipe: Recipe) -> Prepared:
@@ -94,8 +96,9 @@ def prepare_tuning(recipe: Recipe) -> Prepared:
     found = read(recipe, base.tokenizer)
     note = f"{found.left_out:,} chats are longer than {recipe.sequence_length} tokens and left out"
     return Prepared(
-        found.train,
-        found.held_out,
+        len(found.train),
+        len(found.held_out),
+        sum(len(document.text.encode()) for document in found.held_out),
         base.tokenizer,
         copy.deepcopy(base.model.config),
         found.train_rows,
@@ -113,28 +116,25 @@ def _tuning() -> Any:
     return import_module("wm_models.training.tuning")
 
 
-def prepare_text(recipe: Recipe) -> Prepared:
-    """As `prepare`, for documents and a model with random weights."""
-    documents = read_documents(recipe.data, recipe.exclude, recipe.skip_bad)
-    train, held_out = hold_out(documents, recipe.held_out)
-    if recipe.vocabulary:
-        tokenizer = train_tokenizer((document.text for document in train), recipe.vocabulary)
-    elif recipe.tokenizer:
-        if not Path(recipe.tokenizer, "tokenizer.json").exists():
-            raise TrainingError(f"{recipe.tokenizer}: has no tokenizer.json; expected a tokenizer's directory")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.tokenizer)
-    elif has_tokenizer(recipe.preset):
-        tokenizer = shipped_tokenizer()
-    else:
-        size = preset(recipe.preset).vocab_size
-        raise TrainingError(
-            f"{recipe.preset}: its tokenizer, of {size} ids, does not ship; name its directory with --tokenizer, or "
-            "train another with --vocabulary"
+def prepare_text(recipe: Recipe, folder: Path | None = None, shown: bool = False) -> Prepared:
+    """As `prepare`, for documents and a model with random weights.
+
+    Documents are read one at a time, in three passes or, where a tokenizer is trained, four. So the data may be larger
+    than memory. Their tokens lie in files in `folder`, see `pack`. `shown`: with a bar, where it takes long.
+    """
+    with Progress("reading", shown) as progress:
+        corpus = Corpus(
+            lambda: progress.track(read_documents(recipe.data, recipe.exclude, recipe.skip_bad)), recipe.held_out
         )
-    length = recipe.sequence_length
-    config = model_config(recipe, tokenizer)
-    train_rows = pack(train, tokenizer, length).divisible(recipe.batch_size)
-    held_out_rows = pack(held_out, tokenizer, length).filled(recipe.batch_size)
+        progress.expect((4 if recipe.vocabulary else 3) * corpus.total)
+        tokenizer = _tokenizer(recipe, corpus)
+        config = model_config(recipe, tokenizer)
+        packed = pack(corpus.training_documents(), tokenizer, recipe.sequence_length, folder)
+        train_rows = packed.divisible(recipe.batch_size)
+        held_out = Measured(corpus.held_out_documents())
+        packed = pack(held_out, tokenizer, recipe.sequence_length, folder)
+        held_out_rows = packed.filled(recipe.batch_size)
+    prompt = text_prompt(tokenizer, held_out.first)
 
     def begin(arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> RowTrainer:
         torch.manual_seed(recipe.seed)
@@ -142,8 +142,26 @@ def prepare_text(recipe: Recipe) -> Prepared:
         model.config.output_router_logits = model.config.is_moe  # the routers' loss is part of the training loss
         return RowTrainer(model, arguments, train_rows, held_out_rows, tokenizer, callbacks)
 
-    prompt = text_prompt(tokenizer, held_out[0])
-    return Prepared(train, held_out, tokenizer, config, train_rows, held_out_rows, prompt, "", begin)
+    return Prepared(
+        corpus.training, corpus.held_out, held_out.size, tokenizer, config, train_rows, held_out_rows, prompt, "", begin
+    )
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerFast:
+    """Trained on the corpus, read from the recipe's directory, or the one that ships."""
+    if recipe.vocabulary:
+        return train_tokenizer((document.text for document in corpus.training_documents()), recipe.vocabulary)
+    if recipe.tokenizer:
+        if not Path(recipe.tokenizer, "tokenizer.json").exists():
+            raise TrainingError(f"{recipe.tokenizer}: has no tokenizer.json; expected a tokenizer's directory")
+        return PreTrainedTokenizerFast.from_pretrained(recipe.tokenizer)
+    if not has_tokenizer(recipe.preset):
+        size = preset(recipe.preset).vocab_size
+        raise TrainingError(
+            f"{recipe.preset}: its tokenizer, of {size} ids, does not ship; name its directory with --tokenizer, or "
+            "train another with --vocabulary"
+        )
+    return shipped_tokenizer()
 
 
 def run_arguments(recipe: Recipe, checkpoints: Path, trial: bool) -> TrainingArguments:
@@ -226,13 +244,14 @@ def _train(recipe: Recipe, out: Path, resume: bool, console: Console | None) -> 
     console = console if console and first else Console(quiet=not first)
     if first:
         _check_place(recipe, out, resume)
-    data = prepare(recipe)
+    where = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    data = prepare(recipe, where, first)
     if first:
         _claim(recipe, out, data.train_rows.digest())
     what, unit = UNITS[recipe.task]
     console.print(
-        f"{len(data.train):,} {what} to train on, {data.train_rows.targets:,} {unit}; "
-        f"{len(data.held_out):,} held out, {data.held_out_rows.targets:,} {unit}"
+        f"{data.train:,} {what} to train on, {data.train_rows.targets:,} {unit}; "
+        f"{data.held_out:,} held out, {data.held_out_rows.targets:,} {unit}"
     )
     if data.note:
         console.print(data.note)
@@ -243,7 +262,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, console: Console | None) -> 
     log.info(
         "%s: %s, %d steps, %s, %s, %d documents, %d tokens, process %d of %d",
         out, f"resumed from {last}" if last else "begun", recipe.steps, recipe.preset, recipe.precision,
-        len(data.train), data.train_rows.targets, arguments.process_index, arguments.world_size,
+        data.train, data.train_rows.targets, arguments.process_index, arguments.world_size,
     )  # fmt: skip
     if not finished.exists():
         trainer, progress = _trainer(recipe, arguments, data, console, out / "logs" if first else None)
@@ -259,7 +278,7 @@ def estimate(recipe: Recipe, console: Console | None = None) -> Estimate:
     recipe = with_precision(recipe, None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = run_arguments(recipe, Path(folder), trial=True)
-        data = prepare(recipe)
+        data = prepare(recipe, Path(folder))
         trainer, progress = _trainer(recipe, arguments, data, console or Console(), None)
         trainer.train()
     first, part = progress.times[:2]
@@ -360,7 +379,7 @@ def _measures(recipe: Recipe, data: Prepared, history: list[dict[str, Any]]) -> 
         "held_out_loss": loss,
         **before,
         "held_out_perplexity": math.exp(loss),
-        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out),
+        "held_out_bits_per_byte": bits_per_byte(loss, data.held_out_rows.targets, data.held_out_bytes),
     }
 
 

@@ -34,7 +34,7 @@ from wm_models.training.chats import (
     read_rows,
     set_template,
 )
-from wm_models.training.data import Document, held_out_names
+from wm_models.training.data import Document, check_held_out, is_held_out
 from wm_models.training.errors import TrainingError
 from wm_models.training.instructions import read_instructions
 from wm_models.training.recipe import SFT, Recipe
@@ -172,7 +172,8 @@ def _split(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], 
             f"{len(examples)} chats fit rows of {recipe.sequence_length} tokens; expected two or more, one to measure "
             "on"
         )
-    chosen = held_out_names([example.chat.name for example in examples], recipe.held_out)
+    chosen = [is_held_out(example.chat.name, recipe.held_out) for example in examples]
+    check_held_out(sum(chosen), len(chosen), recipe.held_out)
     if all(chosen) or not any(chosen):
         chosen = [index == len(examples) - 1 for index in range(len(examples))]
     train = [example for example, out in zip(examples, chosen, strict=True) if not out]
