@@ -1,5 +1,6 @@
-"""The command `wm-export`: a subcommand for each target, and verify, sign, inspect, perplexity, bench."""
+"""The command `wm-export`: a subcommand for each target, and verify, sign, inspect, perplexity, bench, roofline."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,12 @@ from rich.table import Table
 
 from export import __version__
 from export.api import sign, verify
-from export.bench import report
+from export.bench import report, roofline
 from export.bench.measure import BaselineOptions, measure
+from export.bench.roofline import RooflineOptions
 from export.errors import ExportError, VerificationError
 from export.inspection import inspect_artifact
+from export.targets import base
 from export.targets.base import Target, write_artifact
 from export.targets.registry import TARGETS
 from export.terminal import shown_progress
@@ -49,7 +52,7 @@ def make_app() -> typer.Typer:
     app.callback(help="Export models and compare them with the eager model.")(_general_options)
     for target in TARGETS.values():
         _add_target(app, target)
-    for function in (_verify, _sign, _inspect, _perplexity, _bench):
+    for function in (_verify, _sign, _inspect, _perplexity, _bench, _roofline):
         command(app, function.__name__.removeprefix("_"))(function)
     return app
 
@@ -118,7 +121,11 @@ def _inspect(directory: Directory) -> None:
     """Show an artifact's inputs, outputs, operators and sizes."""
     inspection = inspect_artifact(directory)
     console.print(inspection.summary)
-    for title, columns, rows in inspection.tables:
+    _print_tables(inspection.tables)
+
+
+def _print_tables(tables: list[base.Table]) -> None:
+    for title, columns, rows in tables:
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
@@ -151,6 +158,15 @@ def _bench(directory: Directory, options: BenchOptions, baselines: BaselineOptio
     render(result, report.table_rows(result), options.as_json)
     if options.plot is not None:
         report.plot(result, options.plot)
+
+
+def _roofline(directory: Directory, options: RooflineOptions) -> None:
+    """Count what a decode step reads and computes, and the tokens/s that cards' memory allows."""
+    found = roofline.roofline(directory, options.batch, options.context)
+    if options.as_json:
+        print(json.dumps(roofline.as_json(found), indent=2))
+    else:
+        _print_tables(roofline.tables(found))
 
 
 def _conclude(comparisons: list[Comparison], directory: Path) -> None:

@@ -1,62 +1,20 @@
-"""What the machine allows: a graph's linear layers alone, and the bytes a decode step cannot do without.
+"""What the machine allows, measured: a graph's linear layers alone, a large product, and its memory's bandwidth.
 
 K input features, N output features.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.bench.cost import Linear, linear_rows
 from runtime.artifact.manifest import Artifact
-from runtime.backends.arrays import state_bytes
 from runtime.backends.ort_cpu import cpu_session
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
-
-
-class Linear(NamedTuple):
-    """A product with a constant weight (K, N): in float, or in codes of `bits` with a scale for each `block` of a K."""
-
-    inner: int
-    outer: int
-    bits: int | None = None
-    block: int | None = None
-
-
-def linear_layers(artifact: Artifact) -> list[Linear]:
-    """Those of the graph that runs on a CPU, in its order; the last is the head."""
-    graph = onnx.load(artifact.path / artifact.graph.cpu_file, load_external_data=False).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    found = []
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            sizes = {attribute.name: attribute.i for attribute in node.attribute}
-            found.append(Linear(sizes["K"], sizes["N"], sizes["bits"], sizes["block_size"]))
-        elif node.op_type == "MatMul":
-            name, turned = node.input[1], False
-            while name in producers and producers[name].op_type in ("Transpose", "Cast"):
-                turned ^= producers[name].op_type == "Transpose"
-                name = producers[name].input[0]
-            if len(shapes.get(name, ())) == 2:
-                inner, outer = reversed(shapes[name]) if turned else shapes[name]
-                found.append(Linear(inner, outer))
-    return found
-
-
-def linear_operations(artifact: Artifact, tokens: int) -> int:
-    """Floating-point operations of the linear layers over `tokens` tokens."""
-    return sum(2 * rows * each.inner * each.outer for each, rows in _with_rows(artifact, tokens))
-
-
-def _with_rows(artifact: Artifact, tokens: int) -> list[tuple[Linear, int]]:
-    """Each linear layer and how many of the tokens it sees: the head, where that is the graph's choice, one."""
-    *layers, head = linear_layers(artifact)
-    return [*((each, tokens) for each in layers), (head, 1 if artifact.graph.logits == "last" else tokens)]
 
 
 def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
@@ -89,6 +47,23 @@ def linear_floor(
     quantised. The graph that they come from cannot beat that with these kernels: attention, norms and caches come on
     top.
     """
+    step, _ = _products(linear_rows(artifact, tokens), threads, batch)
+
+    def run() -> float:
+        step()
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return (time.perf_counter() - started) / steps
+
+    return run
+
+
+def _products(layers: Sequence[tuple[Linear, int]], threads: int | None, batch: int) -> tuple[Callable[[], None], int]:
+    """A function that computes each layer's product with random weights once, and the bytes of all weights.
+
+    `layers`: with the rows that each sees of each of `batch` slots.
+    """
     draw, nodes, weights = np.random.default_rng(0), [], []
     inputs: dict[str, tuple[int, ...]] = {}
     outputs: dict[str, tuple[int, ...]] = {}
@@ -97,7 +72,7 @@ def linear_floor(
         weights.append(numpy_helper.from_array(value, name))
         return name
 
-    for (inner, outer, bits, block), rows in _with_rows(artifact, tokens):
+    for (inner, outer, bits, block), rows in layers:
         x, y, weight = f"x.{inner}.{rows}", f"y.{len(nodes)}", f"weight.{len(nodes)}"
         inputs[x], outputs[y] = (batch, rows, inner), (batch, rows, outer)
         if bits is None or block is None:
@@ -118,58 +93,41 @@ def linear_floor(
         binding.bind_cpu_input(name, np.ones(shape, np.float32))
     for name in outputs:
         binding.bind_output(name)
-
-    def run() -> float:
-        session.run_with_iobinding(binding)
-        started = time.perf_counter()
-        for _ in range(steps):
-            session.run_with_iobinding(binding)
-        return (time.perf_counter() - started) / steps
-
-    return run
+    return lambda: session.run_with_iobinding(binding), sum(len(weight.raw_data) for weight in weights)
 
 
-def memory_bandwidth(size: int, threads: int | None) -> float:
-    """Bytes/s that a product of one row with a matrix of `size` bytes reads, the fastest of several."""
-    rows = 1024
-    columns = max(size // (4 * rows), 1)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "bandwidth",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, rows]),
-         helper.make_tensor_value_info("w", TensorProto.FLOAT, [rows, columns])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
-    )  # fmt: skip
-    session = _session(graph, threads)
-    feed = {"x": np.ones((1, rows), np.float32), "w": np.ones((rows, columns), np.float32)}
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        session.run(None, feed)
-        times.append(time.perf_counter() - started)
-    return 4 * rows * columns / min(times)
+def memory_bandwidth(size: int, threads: int | None, bits: int | None = None, block: int = 128) -> Callable[[], float]:
+    """A function that measures the bytes/s that a product of one row with a matrix of `size` bytes reads.
 
-
-def step_bytes(artifact: Artifact, context: int) -> int:
-    """What a decode step of one sequence of `context` tokens must read: weights, keys and values, and states.
-
-    Of tables only rows are read: of the experts', and of an embedding that is not the head too.
+    It is the fastest of several. The matrix is in float32, or in codes of `bits` with a scale for each `block`.
     """
-    config, graph = artifact.read_json("config.json"), artifact.graph
-    weights = sum(file.size for name, file in artifact.files.items() if name.endswith(".data"))
-    width = {"int8": 1, "int4": 0.5}.get(graph.quantization, 4 if graph.dtype == "float32" else 2)
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    if not config.get("tie_word_embeddings"):
-        weights -= int(graph.vocabulary * hidden * width)
-    if config.get("is_moe"):
-        weights -= int(2 * layers * (config["num_experts"] - config["num_experts_per_tok"]) * hidden * width)
-    kept = min(context, config.get("keep_window_size", context))
-    states = 0
-    for state in graph.states:
-        rows = graph.rows(context) if state.shape[-1] == 1 else kept  # biases are read to choose by
-        size = state_bytes(state, 1, rows)
-        states += size if "capacity" in state.shape else 2 * size  # a state is written anew
-    return weights + states
+    inner = 1024
+    outer = max(int(size / (inner * (4 if bits is None else bits / 8 + 4 / block))), 1)
+    layer = Linear(inner, outer) if bits is None else Linear(inner, outer, bits, block)
+    product, read = _products([(layer, 1)], threads, batch=1)
+    return lambda: read / _fastest(product, 8)
+
+
+def operator_seconds(threads: int | None, count: int = 256) -> Callable[[], float]:
+    """A function that measures the seconds of an operator whose work is next to nothing, the fastest of several."""
+    shape = (1, 1, 64)
+    inside, outside = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{count}"))
+    nodes = [helper.make_node("Mul", [f"x{index}", "factor"], [f"x{index + 1}"]) for index in range(count)]
+    factor = numpy_helper.from_array(np.full(shape, 0.999, np.float32), "factor")
+    session = _session(helper.make_graph(nodes, "operators", [inside], [outside], [factor]), threads)
+    feed = {"x0": np.ones(shape, np.float32)}
+    return lambda: _fastest(lambda: session.run(None, feed), 32) / count
+
+
+def _fastest(run: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest of so many runs after a first one."""
+    run()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def _session(graph: Any, threads: int | None) -> Any:

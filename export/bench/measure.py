@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any
 
 from export.bench.baselines import ADVANCED, BASELINES
-from export.bench.floor import large_product, linear_floor, linear_operations, memory_bandwidth, step_bytes
+from export.bench.cost import linear_operations, step_bytes
+from export.bench.floor import large_product, linear_floor, memory_bandwidth
 from runtime.bench import CONTEXT_STEPS, PYTHON, Bench, BenchOptions, Result, Samples, fresh_process, over_one
 from runtime.console import Progress, option
 from runtime.errors import RequestError
@@ -44,7 +45,7 @@ def measure(directory: Path, options: BenchOptions, baselines: BaselineOptions) 
             result["contexts"] = bench.by_context()
         if on_cpu and options.plot is not None:
             sizes = {context: step_bytes(bench.engine.artifact, context) for context in bench.contexts}
-            result["bandwidth"] = bandwidth = memory_bandwidth(sizes[bench.contexts[0]], options.threads)
+            result["bandwidth"] = bandwidth = memory_bandwidth(sizes[bench.contexts[0]], options.threads)()
             result["bandwidth_limits"] = {context: bandwidth / size for context, size in sizes.items()}
         bench.engine.close()  # its memory is not there twice
         del bench

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from export.bench import baselines
-from export.bench.floor import linear_floor, linear_layers, linear_operations, step_bytes
+from export.bench.cost import linear_layers, linear_operations, step_bytes
+from export.bench.floor import linear_floor
 from export.bench.measure import BaselineOptions, measure
 from export.source import Source
 from runtime import load

@@ -14,7 +14,7 @@ from conftest import ours, rival
 from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, OnnxOptions, export_onnx
-from export.bench.floor import linear_layers
+from export.bench.cost import linear_layers
 from export.lower import OnnxContext
 from export.quantization.calibration import second_moments
 from export.quantization.gptq import round_with_feedback, scale_search

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
+from export.bench.cards import find_card
+from export.bench.cost import PRECISIONS
 from export.bench.measure import BaselineOptions, measure
+from export.bench.roofline import SHARE, roofline
 from export.inspection import inspect_artifact
 from export.verification.cases import Case
 from export.verification.comparison import ROUNDED_PRODUCTS_KL_LIMIT, compare
@@ -283,13 +286,23 @@ def memory_comes_back(suite: Suite, result: Result) -> None:
 
 
 def speed(suite: Suite, result: Result) -> None:
-    """Batch 1, prompt 128: figures for the report, and no limit."""
-    plan = suite.plan
+    """Batch 1, prompt 128: figures for the report, beside what the roofline predicts, and no limit."""
+    plan, name = suite.plan, Device().name
+    card = find_card(name)
+    if card is None:
+        result.rows.append(Row("the roofline's prediction", f"no figures of {name} are known"))
     for dtype in plan.dtypes:
         directory = suite.material.engine(plan.speed, dtype)[0]
         options = BenchOptions(backend="tensorrt", prompt_length=plan.prompt_length, new_tokens=plan.new_tokens)
         found = measure(directory, options, BaselineOptions(list(plan.baselines)))
-        result.rows.append(Row(f"{dtype}: decode, tokens/s", f"{found['decode_tokens_per_second']:.0f}"))
+        rate = found["decode_tokens_per_second"]
+        result.rows.append(Row(f"{dtype}: decode, tokens/s", f"{rate:.0f}"))
+        if card is not None:
+            step = roofline(directory, context=plan.prompt_length + plan.new_tokens // 2)
+            expected = step.tokens_per_second(card, PRECISIONS[dtype])
+            where = f"at {SHARE:.0%} of the bandwidth of {card.name}"
+            result.rows.append(Row(f"{dtype}: predicted {where}, tokens/s", f"{expected:.0f}"))
+            result.rows.append(Row(f"{dtype}: measured over predicted", f"{rate / expected:.2f}"))
         for name, baseline in found["baselines"].items():
             words = baseline["failed"] if "failed" in baseline else f"{baseline['times_as_fast']:.2f}"
             result.rows.append(Row(f"{dtype}: times {name}'s tokens/s", words))

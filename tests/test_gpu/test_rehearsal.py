@@ -32,7 +32,7 @@ from test_gpu.stages import STAGES
 
 BASELINE = {"generate_seconds": 1.0, "step_seconds": 0.5, "context_seconds": {}}
 HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
-CARD = "NVIDIA L4"
+CARD = "NVIDIA L4"  # of which the roofline has figures
 NAMED = {stage.name: stage for stage in STAGES}
 
 
@@ -101,6 +101,9 @@ def test_all_of_it_passes(suite, machine):
         f"## {stage.name}: passed, {suite.results[stage.name].seconds:.0f} s" for stage in STAGES
     ]
     assert "| NO |" not in text
+    for dtype in suite.plan.dtypes:
+        assert f"| {dtype}: predicted at 80% of the bandwidth of L4, tokens/s |" in text
+        assert f"| {dtype}: measured over predicted |" in text
     assert machine.used == 0, "the suite left memory behind"
 
 
