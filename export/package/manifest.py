@@ -3,10 +3,11 @@
 B batch (slots), C cache capacity, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -67,13 +68,23 @@ def label_count(model: DecoderWithHead) -> int | None:
     return None if isinstance(model, DecoderForCausalLM) else model.head.out_features
 
 
-def write_manifest(directory: Path, manifest: Manifest, verified: bool, names: Iterable[str] | None = None) -> None:
-    """List the files of the directory, or those of these `names`, with size and SHA-256, and give the verdict."""
+def write_manifest(
+    directory: Path,
+    manifest: Manifest,
+    verified: bool,
+    names: Iterable[str] | None = None,
+    known: Mapping[str, File] = MappingProxyType({}),
+) -> Mapping[str, File]:
+    """List the files of the directory, or those of these `names`, with size and SHA-256, and give the verdict.
+
+    `known`: the entries of files that are not to be hashed again. Returns all entries.
+    """
     if names is None:
         names = sorted(path.name for path in directory.iterdir())
     files = {
-        name: File((directory / name).stat().st_size, file_hash(directory / name))
+        name: known.get(name) or File((directory / name).stat().st_size, file_hash(directory / name))
         for name in names
         if name not in (MANIFEST, SIGNATURE)
     }
     write_file(directory / MANIFEST, manifest_json(replace(manifest, files=files, verified=verified)))
+    return files

@@ -1,7 +1,10 @@
 """Codes and scales that change a product with the weight least (GPTQ, arXiv 2210.17323).
 
 Column by column, each column's error is compensated in the columns after it; then scales and codes are fitted by turns.
-N rows (output features), K columns (input features).
+Inside, a weight lies transposed, so that a column's numbers are side by side, and what the columns before a block mean
+for it is one product.
+
+N rows (output features), K columns (input features), G blocks of columns that share a scale.
 """
 
 import numpy as np
@@ -9,19 +12,20 @@ import torch
 
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
 DAMPING = 0.01  # of the mean diagonal of the activations' second moments
-CHUNK, STRIDE = 1024, 32  # rows and columns taken at a time, so that they stay in a core's cache
+CHUNK, TILE = 2048, 256  # rows taken at a time, and those of steps whose intermediates are to stay in a core's cache
+STRIDE = 32  # columns that are rounded one by one between two products
 
 
 def scale_search(weight: torch.Tensor, importance: torch.Tensor, largest: int) -> torch.Tensor:
-    """The scale of each row of a block (N, block) that loses least, errors weighted by `importance` (block): (N, 1)."""
-    peak = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
-    best, least = peak, torch.full_like(peak, torch.inf)
-    for shrink in SHRINK:
-        scale = peak * float(shrink)
-        rounded = (weight / scale).round().clamp(-largest - 1, largest) * scale
-        loss = ((rounded - weight).square() * importance).sum(-1, keepdim=True)
-        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-    return best
+    """The scales (G, N) of column blocks (G, block, N) that lose least, errors weighted by importance (G, block)."""
+    peak = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    unit, shares = weight / peak, importance[:, None]
+    best, least = torch.ones_like(peak), torch.full_like(peak, torch.inf)
+    for shrink in SHRINK.tolist():
+        codes = (unit / shrink).round_().clamp_(-largest - 1, largest)
+        loss = shares @ torch.sub(unit, codes, alpha=shrink).square_()
+        best, least = torch.where(loss < least, shrink, best), torch.minimum(loss, least)
+    return (best * peak)[:, 0]
 
 
 def round_with_feedback(
@@ -33,21 +37,30 @@ def round_with_feedback(
     set to its best while all others stand, and the scales are fitted again. The larger `damping`, a share of the
     moments' mean diagonal, the nearer W itself is kept.
     """
-    moments = moments.double()
-    moments += damping * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moments), dtype=torch.float64)
-    order = moments.diagonal().argsort(descending=True)
-    upper = torch.linalg.cholesky(torch.linalg.inv(moments[order][:, order]), upper=True).float()
-    importance, lowest, highest = moments.diagonal().float().split(block), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    exact = moments.double()
+    exact += damping * exact.diagonal().mean().clamp(min=1e-12) * torch.eye(len(exact), dtype=torch.float64)
+    order = exact.diagonal().argsort(descending=True)
+    upper, moments = _inverse_factor(exact[order][:, order]).float(), exact.float()
+    importance, lowest, highest = moments.diagonal().view(-1, block), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     found = []
     for rows in weight.split(CHUNK):
-        parts = zip(rows.split(block, dim=1), importance, strict=True)
-        scales = torch.cat([scale_search(part, weights, highest) for part, weights in parts], dim=1)
-        codes = _feed_back(rows, scales.repeat_interleave(block, 1), order, upper, lowest, highest)
-        scales = _fitted(rows, codes, scales, moments)
-        codes = _descend(rows, codes, scales.repeat_interleave(block, 1), moments.float(), lowest, highest)
-        found.append((codes, _fitted(rows, codes, scales, moments)))
-    codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
+        columns = rows.T.contiguous()
+        tiles = columns.view(len(importance), block, -1).split(TILE, dim=2)
+        scales = torch.cat([scale_search(tile, importance, highest) for tile in tiles], dim=1)
+        codes = _feed_back(columns, scales.repeat_interleave(block, 0), order, upper, lowest, highest)
+        products = moments @ columns
+        scales = _fitted(products, codes, scales, moments)
+        codes = _descend(products, codes, scales.repeat_interleave(block, 0), moments, lowest, highest)
+        found.append((codes.T, _fitted(products, codes, scales, moments).T))
+    codes, scales = (torch.cat(parts).contiguous() for parts in zip(*found, strict=True))
     return codes, scales
+
+
+def _inverse_factor(moments: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U with UᵀU = M⁻¹, for M (K, K): the inverse of the factor of M with its order reversed."""
+    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    unit = torch.eye(len(moments), dtype=moments.dtype)
+    return torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1)
 
 
 def _feed_back(
@@ -55,45 +68,63 @@ def _feed_back(
 ) -> torch.Tensor:
     """GPTQ: the columns in `order`, those of the largest activations first, each one's error made good in the rest.
 
-    weight, scales and result (N, K); upper (K, K), the Cholesky factor of the ordered moments' inverse.
+    weight, scales and result (K, N); upper (K, K), the `_inverse_factor` of the ordered moments.
     """
-    weight, scales, codes = weight[:, order], scales[:, order], torch.empty_like(weight)
+    weight, scales, codes = weight[order], scales[order], torch.empty_like(weight)
+    errors = torch.empty_like(weight)
     for start in range(0, len(order), STRIDE):
-        end, errors = min(start + STRIDE, len(order)), []
+        end = min(start + STRIDE, len(order))
+        weight[start:end] -= upper[:start, start:end].T @ errors[:start]
         for at in range(start, end):
-            code = (weight[:, at] / scales[:, at]).round().clamp(lowest, highest)
-            codes[:, order[at]] = code
-            errors.append((weight[:, at] - code * scales[:, at]) / upper[at, at])
-            weight[:, at:end] -= errors[-1][:, None] * upper[at, at:end]
-        weight[:, end:] -= torch.stack(errors, dim=1) @ upper[start:end, end:]
+            code = torch.div(weight[at], scales[at]).round_().clamp_(lowest, highest)
+            torch.addcmul(weight[at], code, scales[at], value=-1, out=errors[at]).div_(upper[at, at])
+            weight[at + 1 : end].addr_(upper[at, at + 1 : end], errors[at], alpha=-1)
+            codes[order[at]] = code
     return codes
 
 
-def _fitted(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """The scales (N, K / block) that lose least with these codes (N, K): for each row, one linear system.
+def _fitted(products: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """The scales (G, N) that lose least with these codes (K, N): for each row, one linear system.
 
-    A scale that would leave the range from half to twice its old value stays as it was.
+    products (K, N): the moments times the weight. A scale that would leave the range from half to twice its old value
+    stays as it was.
     """
-    rows, blocks = scales.shape
-    codes = codes.double().view(rows, blocks, -1)
-    products = moments.view(blocks, codes.shape[2], blocks, -1)
-    system = torch.einsum("nab,abcd,ncd->nac", codes, products, codes)
+    parts = zip(*(each.split(TILE, dim=1) for each in (products, codes, scales)), strict=True)
+    return torch.cat([_fitted_tile(product, code, scale, moments) for product, code, scale in parts], dim=1)
+
+
+def _fitted_tile(
+    products: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor
+) -> torch.Tensor:
+    count, rows = scales.shape
+    codes, block = codes.contiguous(), len(codes) // count
+    blocks = codes.view(count, block, rows)
+    system = torch.empty(count, count, rows)
+    for at in range(count):
+        start, end = at * block, (at + 1) * block
+        product = (moments[start:, start:end] @ codes[start:end]).view(count - at, block, rows)
+        system[at, at:] = system[at:, at] = product.mul_(blocks[at:]).sum(1)
+    system = system.permute(2, 0, 1).double().contiguous()
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)  # a row may be all zeros
-    system += ridge[:, None, None] * torch.eye(blocks)
-    target = (codes * (weight.double() @ moments).view_as(codes)).sum(-1)
-    fitted = torch.linalg.solve(system, target).float()
+    system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    target = (codes * products).view(count, block, rows).sum(1).T.double()
+    fitted = torch.linalg.solve(system, target).float().T
     return torch.where((fitted > scales / 2) & (fitted < scales * 2), fitted, scales)
 
 
 def _descend(
-    weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor, lowest: int, highest: int
+    products: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
-    """Coordinate descent: column by column, the code that loses least given all others. All (N, K)."""
-    codes = codes.clone()
-    slope = (weight - codes * scales) @ moments  # of the loss, halved and with its sign turned
-    for at in range(codes.shape[1]):
-        step = slope[:, at] / (moments[at, at] * scales[:, at])
-        code = (codes[:, at] + step).round().clamp(lowest, highest)
-        slope -= ((code - codes[:, at]) * scales[:, at])[:, None] * moments[at]
-        codes[:, at] = code
+    """Coordinate descent: column by column, the code that loses least given all others. All (K, N)."""
+    slope = products - moments @ (codes * scales)  # of the loss, halved and with its sign turned
+    codes, changes = codes.clone(), torch.empty_like(codes)
+    for start in range(0, len(codes), STRIDE):
+        end = min(start + STRIDE, len(codes))
+        slope[start:end] -= moments[start:end, :start] @ changes[:start]
+        for at in range(start, end):
+            step = torch.div(slope[at], scales[at]).div_(moments[at, at])
+            code = step.add_(codes[at]).round_().clamp_(lowest, highest)
+            torch.sub(code, codes[at], out=changes[at]).mul_(scales[at])
+            slope[at + 1 : end].addr_(moments[at, at + 1 : end], changes[at], alpha=-1)
+            codes[at] = code
     return codes

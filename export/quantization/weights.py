@@ -110,14 +110,26 @@ def quantize_graph(
         products = [use.activation for use in uses if use.activation]
         moments = second_moments(graph, path.with_name("moments.onnx"), text, products, feed, progress)
     progress.stage("quantising", total=len(uses))
-    for use in uses:
-        values = torch.from_numpy(use.matrix())
-        block = block_size(values.shape[1], min(largest, scheme.block) if use.looked_up else largest)
-        known = moments.get(use.activation) if use.activation else None
-        codes, scales = scheme.round(Weight(values, block, known, use.looked_up))
-        _replace(graph, use, codes.numpy(), scales.numpy(), scheme.bits)
-        progress.advance()
+    for (name, block, looked_up), members in _alike(uses, scheme, largest).items():
+        matrices = [torch.from_numpy(use.matrix()) for use in members]
+        known = moments.get(name) if name else None
+        rounded = scheme.round(Weight(torch.cat(matrices), block, known, looked_up))
+        parts = (each.split([len(matrix) for matrix in matrices]) for each in rounded)
+        for use, codes, scales in zip(members, *parts, strict=True):
+            _replace(graph, use, codes.numpy(), scales.numpy(), scheme.bits)
+        progress.advance(len(members))
     return graph
+
+
+def _alike(uses: list[Use], scheme: Scheme, largest: int) -> dict[tuple[str | None, int, bool], list[Use]]:
+    """The weights that are rounded as one: those with the same input, by its name, block, and whether looked up."""
+    groups: dict[tuple[str | None, int, bool], list[Use]] = {}
+    for use in uses:
+        assert use.weight.shape is not None
+        columns = use.weight.shape.numpy()[0 if use.transposed else 1]
+        block = block_size(columns, min(largest, scheme.block) if use.looked_up else largest)
+        groups.setdefault((use.activation, block, use.looked_up), []).append(use)
+    return groups
 
 
 def _replace(graph: ir.Model, use: Use, codes: np.ndarray, scales: np.ndarray, bits: int) -> None:

@@ -103,13 +103,13 @@ class Target(ABC, Generic[Options]):
         if expected is None:
             write_manifest(draft.directory, draft.manifest, verified=True)
             return []
-        write_manifest(draft.directory, draft.manifest, verified=False)
+        files = write_manifest(draft.directory, draft.manifest, verified=False)
         comparisons = check_artifact(draft.directory, expected, self.open, draft.progress)
         origin = draft.origin(self.name)
         if draft.report:
             names = [path.name for path in draft.directory.iterdir()]
             write_report(draft.directory, draft.manifest, origin, comparisons, names)
-        record_comparisons(draft.directory, draft.manifest, origin, comparisons)
+        record_comparisons(draft.directory, draft.manifest, origin, comparisons, files)
         return comparisons
 
     def open(self, artifact: Artifact) -> Session:

@@ -31,6 +31,6 @@ class EagerScorer:
 
     def rows(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """Logits (n, V), float32, after each of `ids` (S,) from `first` on, `PIECE` rows at a time, by one pass."""
-        logits = eager_logits(self.model, torch.from_numpy(ids), first)
+        logits = eager_logits(self.model, torch.from_numpy(ids)[None], first)[0]
         for start in range(0, len(logits), PIECE):
             yield logits[start : start + PIECE]

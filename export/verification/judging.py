@@ -5,7 +5,7 @@ The artifact is opened as its target says. B batch (slots), S tokens, V vocabula
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -54,7 +54,7 @@ def compare_artifact(
     """As `check_artifact`, of one that is read, or described by whoever wrote it."""
     if artifact.graph.quantization == "none":
         return _check_exact(artifact, expected, open_session, progress)
-    return _check_quantized(artifact, expected.reload(), open_session, progress)
+    return _check_quantized(artifact, expected, open_session, progress)
 
 
 def _check_exact(artifact: Artifact, expected: Expected, open_session: Opener, progress: Progress) -> list[Comparison]:
@@ -75,7 +75,7 @@ def _check_exact(artifact: Artifact, expected: Expected, open_session: Opener, p
 
 
 def _check_quantized(
-    artifact: Artifact, model: DecoderWithHead, open_session: Opener, progress: Progress
+    artifact: Artifact, expected: Expected, open_session: Opener, progress: Progress
 ) -> list[Comparison]:
     """Check a quantised artifact on text that it wrote itself, and its portable graph against the CPU's graph.
 
@@ -86,30 +86,44 @@ def _check_quantized(
     text = None if engine.labels else written_text(engine, progress=progress)
     # a scheme that calibrates does so with the model's own A, and loses more with another
     probe_bias = not find_scheme(graph.quantization).calibrates
-    answers, _ = references(model, graph, text, probe_bias, progress)
-    comparisons = check(artifact, answers, open_session, progress)
+    answers, _ = references(expected.reload(), graph, text, probe_bias, progress)
+    comparisons = check(artifact, answers, open_session, progress, engine)
+    del answers  # hundreds of megabytes, and the portable graph takes several times the weights
     portable = replace(artifact, graph=replace(graph, cpu_file=graph.file))
     steps = min(4, max(1, graph.max_length // 2))
     length = max(1, min(17, graph.max_length - steps))
     case = repeated(Case(f"{graph.file}, prompt {length}, {steps} steps", (length,), steps, (0,)), graph.max_batch)
     pieces = draw_sequences(case, np.random.default_rng(0), graph.vocabulary, text)
     answer = run_case(engine, case, pieces)
-    comparison = judge(Engine(portable, open_session(portable)), case, pieces, answer, ROUNDED_PRODUCTS_KL_LIMIT)
+    engine.close()
+    with Engine(portable, open_session(portable)) as slow:
+        comparison = judge(slow, case, pieces, answer, ROUNDED_PRODUCTS_KL_LIMIT)
     progress.report(comparison)
     return [*comparisons, comparison]
 
 
 def check(
-    artifact: Artifact, answers: list[Reference], open_session: Opener, progress: Progress = SILENT
+    artifact: Artifact,
+    answers: list[Reference],
+    open_session: Opener,
+    progress: Progress = SILENT,
+    engine: Engine | None = None,
 ) -> list[Comparison]:
-    """Run every case of the answers; a copy of the graph lies beside it while A is another than the model's."""
+    """Run every case of the answers; a copy of the graph lies beside it while A is another than the model's.
+
+    `engine`: the artifact's own, where it is open already.
+    """
     progress.stage("comparing", sum(len(reference.cases) for reference in answers))
     limit, comparisons = kl_limit(artifact.graph), []
     for reference in answers:
-        with with_biases(artifact, reference.drawn) if reference.drawn else nullcontext(artifact) as tried:
-            engine = Engine(tried, open_session(tried))
+        with ExitStack() as stack:
+            tried = stack.enter_context(with_biases(artifact, reference.drawn)) if reference.drawn else artifact
+            if tried is artifact and engine is not None:
+                used = engine
+            else:
+                used = stack.enter_context(Engine(tried, open_session(tried)))
             for case, sequences, logits in zip(reference.cases, reference.sequences, reference.logits, strict=True):
-                comparison = judge(engine, case, sequences, logits, limit)
+                comparison = judge(used, case, sequences, logits, limit)
                 progress.report(comparison)
                 progress.advance()
                 comparisons.append(comparison)

@@ -9,7 +9,7 @@ from export.package.directory import write_json
 from export.package.manifest import write_manifest
 from export.source import is_local
 from export.verification.comparison import Comparison
-from runtime.artifact.manifest import Artifact, Manifest
+from runtime.artifact.manifest import Artifact, File, Manifest
 
 VERIFICATION = "verification.json"
 FIRST_TARGET = "onnx"  # of an artifact whose record names none
@@ -33,11 +33,15 @@ def record_comparisons(
     manifest: Manifest,
     origin: Origin,
     comparisons: Sequence[Comparison],
+    known: Mapping[str, File],
     names: Iterable[str] | None = None,
 ) -> None:
-    """Write verification.json, and the manifest with the verdict and all files, or those of these `names` alone."""
+    """Write verification.json, and the manifest with the verdict and all files, or those of these `names` alone.
+
+    `known`: the entries of the files that were compared, which are not hashed again.
+    """
     passed = write_record(directory, origin, comparisons)
-    write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}))
+    write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}), known)
 
 
 def write_record(directory: Path, origin: Origin, comparisons: Sequence[Comparison]) -> bool:

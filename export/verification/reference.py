@@ -1,6 +1,6 @@
 """The eager model's answers, by uncached passes in the dtype of its weights.
 
-B batch, S new tokens, V vocabulary.
+B batch, S tokens of a sequence, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 
 
 def eager_logits(model: DecoderWithHead, ids: torch.Tensor, first: int) -> np.ndarray:
-    """Logits (S - first, V), float32, of one sequence (S,) from position `first` on, by one uncached pass.
+    """Logits (B, S - first, V), float32, of sequences (B, S) from position `first` on, by one uncached pass.
 
     Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it, and where a share of all
     keys is dropped, their number counts: then the reference writes its keys as the engine does, `first` and all before
@@ -29,25 +29,25 @@ def eager_logits(model: DecoderWithHead, ids: torch.Tensor, first: int) -> np.nd
     with torch.inference_mode():
         if model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio:
             cache, rows = DynamicCache(config=model.config), []
-            for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[0]))]:
-                rows.append(_logits_at(model, ids[start:end], torch.tensor([end - start - 1]), cache))
-            return np.concatenate(rows)
-        return _logits_at(model, ids, torch.arange(first, ids.shape[0]), None)
+            for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[1]))]:
+                rows.append(_logits_at(model, ids[:, start:end], torch.tensor([end - start - 1]), cache))
+            return np.concatenate(rows, axis=1)
+        return _logits_at(model, ids, torch.arange(first, ids.shape[1]), None)
 
 
 def _logits_at(
     model: DecoderWithHead, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache | None
 ) -> np.ndarray:
-    """Logits (positions, V), float32, of one sequence (S,) by the model's own pass.
+    """Logits (B, positions, V), float32, of sequences (B, S) by the model's own pass.
 
     A classifier's pass answers for the last token alone, so its head is applied to the hidden states of the others too.
     """
     options = {"cache": cache, "use_cache": cache is not None}
     if isinstance(model, DecoderForCausalLM):
-        logits = model(ids[None], logits_to_keep=positions, **options).logits
+        logits = model(ids, logits_to_keep=positions, **options).logits
     else:
-        logits = model.head(model.model(ids[None], **options).last_hidden_state[:, positions])
-    return logits[0].float().numpy()
+        logits = model.head(model.model(ids, **options).last_hidden_state[:, positions])
+    return logits.float().numpy()
 
 
 class Bounds(Protocol):
@@ -81,10 +81,13 @@ def _answer(
     reference = Reference(cases, [], [], drawn)
     for case in cases:
         rows = draw_sequences(case, draw, model.config.vocab_size, text)
-        logits = []
-        for row, at in zip(rows, case.prompts, strict=True):
-            logits.append(eager_logits(model, torch.from_numpy(row), at - 1))
-            progress.advance(len(row))
+        logits: list[np.ndarray] = [np.zeros(0)] * len(rows)
+        for at in sorted(set(case.prompts)):  # sequences of one length are one batch
+            slots = [slot for slot, length in enumerate(case.prompts) if length == at]
+            ids = torch.from_numpy(np.stack([rows[slot] for slot in slots]))
+            for slot, found in zip(slots, eager_logits(model, ids, at - 1), strict=True):
+                logits[slot] = found
+            progress.advance(ids.numel())
         if not all(np.isfinite(each).all() for each in logits):
             raise ExportError(f"the eager model's own logits are not finite ({case.name}); there is nothing to export")
         reference.sequences.append(rows)

@@ -66,8 +66,7 @@ def test_feedback_without_correlation_rounds_each_weight_on_its_own():
     codes, scales = round_with_feedback(weight, 4, 64, 1e6 * torch.eye(128))
     whole = scales.repeat_interleave(64, 1)
     assert ((codes * whole - weight).abs() <= 0.51 * whole)[codes.abs() < 7].all()
-    parts = (weight[:, :64], weight[:, 64:])
-    searched = torch.cat([scale_search(part, torch.ones(64), 7) for part in parts], dim=1).repeat_interleave(64, 1)
+    searched = scale_search(weight.T.reshape(2, 64, 40), torch.ones(2, 64), 7).T.repeat_interleave(64, 1)
     nearest = (weight / searched).round().clamp(-8, 7) * searched
     rest = torch.arange(40) != 7
     assert ((codes * whole - weight).square().sum(1) < (nearest - weight).square().sum(1))[rest].all()
