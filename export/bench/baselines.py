@@ -24,6 +24,7 @@ import transformers
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
+from export.bench import llama_cpp
 from runtime.bench import PYTHON
 from wm_models import CheemsConfig, CheemsForCausalLM, DogeConfig, DogeForCausalLM
 
@@ -152,6 +153,15 @@ def mobius_run(directory: Path, capacity: int, threads: int) -> Run:
     return run
 
 
+def llama_run(directory: Path, capacity: int, threads: int) -> Run:
+    """llama.cpp on a Llama of the artifact's sizes and quantisation, see `export.bench.llama_cpp`."""
+    try:
+        generate = llama_cpp.generator(directory, capacity, threads)
+    except llama_cpp.Unfit as error:
+        raise Failed(str(error)) from error
+    return lambda prompt, new_tokens: generate(prompt[0].tolist(), new_tokens)
+
+
 def _transformers_doge(directory: Path) -> transformers.DogeForCausalLM:
     values = json.loads((directory / "config.json").read_text())
     if values["model_type"] != transformers.DogeConfig.model_type:
@@ -164,6 +174,7 @@ BASELINES: dict[str, Callable[[Path, int, int], Run]] = {
     "transformers-compiled": lambda *arguments: transformers_run(*arguments, compiled=True),
     "mobius-onnx": mobius_run,
     "torch-compile": compiled_run,
+    "llama.cpp": llama_run,
 }
 
 
@@ -187,6 +198,7 @@ def measure(name: str, directory: Path, request: dict[str, Any]) -> dict[str, An
     contexts = {context: times(context - steps, steps + 1, 1)[0] for context in request["contexts"]}
     return {
         "generate_seconds": median(map(sum, whole)),
+        "prefill_seconds": median(found[0] for found in whole),
         "step_seconds": median(median(found[1:]) for found in whole),
         "context_seconds": {context: median(found[1:]) for context, found in contexts.items()},
     }

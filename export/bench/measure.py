@@ -133,6 +133,7 @@ def _beside(result: Result, baseline: dict[str, Any]) -> Result:
         ratios["floor_times_as_fast"] = result["floor_steps_per_second"] / rate
     return {
         "generate_tokens_per_second": rate,
+        "prefill_tokens_per_second": result["prompt_length"] / baseline["prefill_seconds"],
         "decode_tokens_per_second": 1 / baseline["step_seconds"],
         **ratios,
         "contexts": {int(context): 1 / seconds for context, seconds in baseline["context_seconds"].items()},

@@ -24,6 +24,7 @@ def table_rows(result: Result) -> list[tuple[str, str]]:
             rows.append((name, baseline["failed"]))
             continue
         rows.append((f"{name}, prefill and decode", f"{baseline['generate_tokens_per_second']:.1f} tokens/s"))
+        rows.append((f"{name}, prefill", f"{baseline['prefill_tokens_per_second']:.0f} tokens/s"))
         rows.append((f"{name}, decode", f"{baseline['decode_tokens_per_second']:.1f} tokens/s"))
         rows.append((f"times as fast as {name}", f"{baseline['times_as_fast']:.2f}"))
         if "floor_times_as_fast" in baseline:
