@@ -9,7 +9,7 @@ from typing import Any
 from export.package.directory import revising
 from export.package.signing import sign
 from export.progress import SILENT, Progress
-from export.reporting.document import REPORT, UNLISTED, write_report
+from export.reporting.document import write_report
 from export.source import Source
 from export.targets.base import write_artifact
 from export.targets.onnx_artifact import ONNX, OnnxOptions
@@ -17,7 +17,7 @@ from export.targets.registry import find_target
 from export.targets.tensorrt import TENSORRT, TensorRTOptions
 from export.verification.comparison import Comparison, summary
 from export.verification.judging import Expected, check_artifact
-from export.verification.record import read_origin, record_comparisons
+from export.verification.record import REPORT, read_origin, record_comparisons
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import MANIFEST, parse_manifest
 from runtime.artifact.signature import SIGNATURE
@@ -87,7 +87,6 @@ def verify(directory: str | Path, source: str | None = None, *, progress: Progre
             origin = replace(origin, files=opened.hashes())
             if REPORT in artifact.files:
                 write_report(new, manifest, origin, comparisons, artifact.files)
-            known = {name: file for name, file in artifact.files.items() if name not in UNLISTED}
-            record_comparisons(new, manifest, origin, comparisons, known, artifact.files)
+            record_comparisons(new, manifest, origin, comparisons, artifact.files, artifact.files)
     log.info("verified %s against %s: %s, %.1f s", directory, origin.source, summary(comparisons), monotonic() - began)
     return comparisons

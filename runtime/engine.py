@@ -20,6 +20,7 @@ from runtime.backends.base import Options, Session
 from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
 from runtime.host.budget import Budget
+from runtime.host.memory import returned_memory
 from runtime.ids import as_integers
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
@@ -63,10 +64,11 @@ def load(
         raise RequestError(f"device is {device}; expected 0 or more")
     budget, began = Budget(max_bytes, max_seconds), time.monotonic()
     try:
-        with open_artifact(Path(directory), allow_unverified, public_key, budget) as artifact:
-            chosen = choose_backend(artifact, backend, device)
-            session = chosen.open(artifact, Options(threads, device or 0, budget))
-        engine = Engine(artifact, session)
+        with returned_memory():
+            with open_artifact(Path(directory), allow_unverified, public_key, budget) as artifact:
+                chosen = choose_backend(artifact, backend, device)
+                session = chosen.open(artifact, Options(threads, device or 0, budget))
+            engine = Engine(artifact, session)
     except (ArtifactError, RequestError) as error:
         LOG.warning("refused to load %s: %s", directory, error)
         raise

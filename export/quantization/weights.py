@@ -3,7 +3,7 @@
 A weight W (N, K) becomes codes q (N, K) and scales s (N, K / block), W ≈ s·q, symmetric, so there are no zero points.
 
     model.onnx      DequantizeLinear, then what was there: Gather, or Transpose and MatMul
-    model.cpu.onnx  ONNX Runtime's own MatMulNBits and GatherBlockQuantized over the same bytes
+    model.cpu.onnx  ONNX Runtime's own MatMulNBits, and look-ups that widen a few rows, over the same bytes
 
 A table that is both embedding and head is quantised and stored once.
 N output features or rows, K input features, B batch, S tokens.

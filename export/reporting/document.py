@@ -14,11 +14,10 @@ from export.package.directory import write_file
 from export.reporting.plots import comparisons_plot, parts_plot, share_of_limit
 from export.reporting.weights import stored_weights, totals
 from export.verification.comparison import Comparison, kl_limit
-from export.verification.record import VERIFICATION, Origin
+from export.verification.record import REPORT, VERIFICATION, Origin
 from runtime.artifact.manifest import MANIFEST, Manifest
 from runtime.artifact.signature import SIGNATURE
 
-REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
 UNLISTED = (MANIFEST, SIGNATURE, VERIFICATION, REPORT)  # which change when the report does, or after it
 

@@ -12,10 +12,11 @@ BITS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
 
 
 def use_cpu_quantized_operators(model: ir.Model) -> ir.Model:
-    """The saved graph with MatMulNBits and GatherBlockQuantized, which read the codes from the weights' file.
+    """The saved graph with MatMulNBits, and with look-ups that widen the rows they need; both read the weights' file.
 
-    They read unsigned codes, 2^(bits-1) larger than the signed ones: the same bytes with each code's highest bit
-    flipped. ONNX Runtime computes that flip once, when it loads the graph.
+    MatMulNBits reads unsigned codes, 2^(bits-1) larger than the signed ones: the same bytes with each code's highest
+    bit flipped. ONNX Runtime computes that flip once, when it loads the graph, and packs the codes in its own order.
+    Look-ups read the signed codes in the mapped file, of which memory then holds only the rows that were looked up.
     """
     graph = model.graph
     flips: dict[int, ir.Value] = {}
@@ -26,17 +27,19 @@ def use_cpu_quantized_operators(model: ir.Model) -> ir.Model:
         if bits not in flips:
             mask = np.array(0x80 if bits == 8 else 0x88, np.uint8)
             flips[bits] = add_initializer(graph, ir.tensor(mask, name=f"highest.bit.{bits}"))
-        block = node.attributes["block_size"].as_int()
-        signed = add_initializer(graph, _as_bytes(_stored(codes), bits, block))
-        unsigned = ir.node("BitwiseXor", [signed, flips[bits]])
-        graph.insert_before(node, unsigned)
-        for user, _ in list(node.outputs[0].uses()):
-            if user.op_type == "Gather":
-                _fuse_look_up(graph, node, unsigned.outputs[0], user)
-            else:  # a Transpose
-                _fuse_products(graph, node, unsigned.outputs[0], user)
+        users = [user for user, _ in node.outputs[0].uses()]
+        for look_up in [user for user in users if user.op_type == "Gather"]:
+            _fuse_look_up(graph, node, look_up, bits)
+        if turned := [user for user in users if user.op_type == "Transpose"]:
+            block = node.attributes["block_size"].as_int()
+            signed = add_initializer(graph, _as_bytes(_stored(codes), bits, block))
+            unsigned = ir.node("BitwiseXor", [signed, flips[bits]])
+            graph.insert_before(node, unsigned)
+            for transpose in turned:
+                _fuse_products(graph, node, unsigned.outputs[0], transpose)
         graph.remove(node, safe=True)
-        del graph.initializers[codes.name or ""]
+        if not codes.uses():
+            del graph.initializers[codes.name or ""]
     model.opset_imports["com.microsoft"] = 1
     return model
 
@@ -54,15 +57,22 @@ def _as_bytes(stored: ir.TensorProtocol, bits: int, block: int) -> ir.TensorProt
     )  # fmt: skip
 
 
-def _fuse_look_up(graph: ir.Graph, node: ir.Node, unsigned: ir.Value, gather: ir.Node) -> None:
-    """Put one GatherBlockQuantized in the place of a DequantizeLinear and a Gather of its rows."""
+def _fuse_look_up(graph: ir.Graph, node: ir.Node, gather: ir.Node, bits: int) -> None:
+    """In the place of a DequantizeLinear and a Gather of its rows, widen those rows alone.
+
+    Four bits: one GatherBlockQuantized. ONNX Runtime has none for signed bytes, so their codes and scales are gathered,
+    then multiplied.
+    """
     codes, scales = node.inputs
-    assert codes is not None
-    rows = _stored(codes).shape.numpy()[0]
-    flat = ir.node("Reshape", [unsigned, add_initializer(graph, ir.tensor([rows, -1], name=f"{codes.name}.rows"))])
-    attributes = {**_blocks(node), "gather_axis": 0, "quantize_axis": 1}
-    fused = _fused("GatherBlockQuantized", [flat.outputs[0], gather.inputs[1], scales], gather, attributes)
-    graph.insert_before(gather, [flat, fused])
+    ids = gather.inputs[1]
+    if bits == 4:
+        attributes = {**_blocks(node), "gather_axis": 0, "quantize_axis": 1}
+        parts = [_fused("GatherBlockQuantized", [codes, ids, scales], gather, attributes)]
+    else:
+        rows = [ir.node("Gather", [each, ids]) for each in (codes, scales)]
+        attributes = {"axis": -1, "block_size": node.attributes["block_size"].as_int()}
+        parts = [*rows, _fused("DequantizeLinear", [row.outputs[0] for row in rows], gather, attributes, domain="")]
+    graph.insert_before(gather, parts)
     graph.remove(gather, safe=True)
 
 
@@ -90,8 +100,10 @@ def _blocks(node: ir.Node) -> dict[str, int]:
     return {"bits": BITS[_stored(node.inputs[0]).dtype], "block_size": node.attributes["block_size"].as_int()}
 
 
-def _fused(kind: str, inputs: list[ir.Value | None], old: ir.Node, attributes: dict[str, int]) -> ir.Node:
-    """A node of ONNX Runtime's own in place of `old`, with its output's name, shape and type."""
+def _fused(
+    kind: str, inputs: list[ir.Value | None], old: ir.Node, attributes: dict[str, int], domain: str = "com.microsoft"
+) -> ir.Node:
+    """A node in place of `old`, by default of ONNX Runtime's own, with its output's name, shape and type."""
     result = ir.Value(name=old.outputs[0].name, shape=old.outputs[0].shape, type=old.outputs[0].type)
     ir.convenience.replace_all_uses_with(old.outputs[0], result, replace_graph_outputs=True)
-    return ir.node(kind, inputs, attributes, domain="com.microsoft", outputs=[result])
+    return ir.node(kind, inputs, attributes, domain=domain, outputs=[result])

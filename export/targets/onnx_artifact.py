@@ -100,14 +100,16 @@ class OnnxTarget(Target[OnnxOptions]):
         model.to(dtype=dtype)  # type: ignore[call-arg]
         bounds = {"max_batch": max(contract.max_batch, ROWS), "max_length": contract.max_length}
         graph = lower(model, all_logits=options.logits == "all", window=contract.window, **bounds)
-        del model  # one copy of the weights at a time
         with TemporaryDirectory(dir=draft.directory) as exact:
             if options.quantize is not None:
                 description = describe(graph, config, 0, _exact(contract))
+                save_graph(graph, Path(exact), "float32")
+                release_weights(model)
                 scheme, largest = SCHEMES[options.quantize], options.block_size
-                graph = _quantized(graph, Path(exact), description, scheme, largest or scheme.block, draft)
+                graph = _quantized(Path(exact), description, scheme, largest or scheme.block, draft)
             draft.progress.stage("writing")
             save_graph(graph, draft.directory, contract.dtype, contract.quantization)
+            release_weights(model)
             if options.capacity is not None:
                 write_fixed(draft.directory, contract, options.capacity)
         draft.manifest, draft.report = describe(graph, config, parameters, contract), options.report
@@ -124,6 +126,12 @@ def write_fixed(directory: Path, contract: Graph, capacity: int) -> None:
     caches = [value for value in model.graph.inputs if value.shape is not None and "capacity" in map(str, value.shape)]
     fix_capacity(model.graph, rows, [value.name or "" for value in caches])
     ir.save(model, directory / FIXED)
+
+
+def release_weights(model: DecoderWithHead) -> None:
+    """Free the weights of a model whose graph is written: the exporter's optimizer keeps hold of the latest graph."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def check_model(model: DecoderWithHead, source: str, dtype: torch.dtype) -> None:
@@ -172,16 +180,14 @@ def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
     return length
 
 
-def _quantized(
-    graph: ir.Model, exact: Path, manifest: Manifest, scheme: Scheme, largest: int, draft: Draft
-) -> ir.Model:
-    """The graph with quantised weights, at most `largest` to a scale.
+def _quantized(exact: Path, manifest: Manifest, scheme: Scheme, largest: int, draft: Draft) -> ir.Model:
+    """The float32 graph in the directory `exact` with quantised weights, at most `largest` to a scale.
 
-    The float32 graph is saved as an artifact in the directory `exact`, which writes the calibration text.
+    The directory becomes an artifact, which writes the calibration text.
     """
-    save_graph(graph, exact, "float32")
-    write_manifest(exact, manifest, verified=False)
     text = None
     if scheme.calibrates:
-        text = written_text(load(exact, "cpu", allow_unverified=True), LENGTH, progress=draft.progress)
+        write_manifest(exact, manifest, verified=False)
+        with load(exact, "cpu", allow_unverified=True) as engine:
+            text = written_text(engine, LENGTH, progress=draft.progress)
     return quantize_graph(exact / manifest.graph.file, scheme, largest, text, progress=draft.progress)

@@ -11,7 +11,7 @@ from export.source import is_local
 from export.verification.comparison import Comparison
 from runtime.artifact.manifest import Artifact, File, Manifest
 
-VERIFICATION = "verification.json"
+VERIFICATION, REPORT = "verification.json", "report.html"  # both are written anew after a comparison
 FIRST_TARGET = "onnx"  # of an artifact whose record names none
 
 
@@ -41,6 +41,7 @@ def record_comparisons(
     `known`: the entries of the files that were compared, which are not hashed again.
     """
     passed = write_record(directory, origin, comparisons)
+    known = {name: file for name, file in known.items() if name not in (VERIFICATION, REPORT)}
     write_manifest(directory, manifest, passed, None if names is None else sorted({*names, VERIFICATION}), known)
 
 

@@ -19,7 +19,7 @@ from runtime.backends.ort import MISSING, first_line, open_session, session_opti
 from runtime.errors import ArtifactError
 from runtime.host.budget import Budget
 from runtime.host.denormals import flushed_denormals
-from runtime.host.memory import check_memory, use_huge_pages
+from runtime.host.memory import check_memory, return_freed, use_huge_pages
 
 ALIGNMENT = 64  # bytes, a line of a processor's cache
 
@@ -187,6 +187,7 @@ class OnnxSession:
         """Give all memory back; the session cannot be used again."""
         self.session, self._bindings = None, {}
         self.memory, self.caches, self.batch, self.capacity, self.reserved = [], [], 0, 0, 0
+        return_freed()
 
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
         return nullcontext(self.caches[self.graph.states.index(state)][slot])

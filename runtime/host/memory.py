@@ -6,6 +6,7 @@ Linux grants more memory than there is, and kills who then uses it.
 import ctypes
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -17,6 +18,11 @@ GROUPS = (
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+# glibc's mallopt(3): the options of <malloc.h>, the smallest block that is mapped on its own while freed memory is to
+# go back to the system, and afterwards the values that glibc itself goes up to as it runs.
+TRIM_THRESHOLD, MAP_THRESHOLD = -1, -3
+SMALL_BLOCK, LARGE_BLOCK, LARGE_REST = 128 << 10, 32 << 20, 64 << 20
 
 COLLAPSE = 25  # the advice MADV_COLLAPSE of <linux/mman.h>
 # In smaps, a range of this process's memory that holds no file, and what follows about it.
@@ -50,6 +56,33 @@ def available_memory(root: Path = Path("/")) -> int | None:
             if most is not None and used is not None:
                 found.append(max(0, most - used) + (_number(folder / "memory.stat", rf"^{files} (\d+)$") or 0))
     return min((number for number in found if number is not None), default=None)
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """While the block runs, memory that is freed goes back to the system; nothing but where glibc allocates.
+
+    By itself glibc keeps freed blocks of up to 32 MB for later ones. A load allocates its quantised weights twice and
+    frees them once, and so a process would stay as large as the two.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        yield
+        return
+    library.mallopt(MAP_THRESHOLD, SMALL_BLOCK)
+    try:
+        yield
+    finally:
+        library.mallopt(MAP_THRESHOLD, LARGE_BLOCK)
+        library.mallopt(TRIM_THRESHOLD, LARGE_REST)
+        return_freed()
+
+
+def return_freed() -> None:
+    """Give the system what memory glibc holds of blocks that were freed; nothing where another library allocates."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def use_huge_pages() -> Thread | None:

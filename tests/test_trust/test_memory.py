@@ -1,5 +1,6 @@
 """What memory there is, as the system says it, and a request for more than that."""
 
+import ctypes
 import mmap
 import re
 from pathlib import Path
@@ -113,3 +114,19 @@ def test_caches_that_do_not_fit_are_not_allocated(artifact, monkeypatch):
     with pytest.raises(RequestError, match="for 3 slots"):
         engine.reserve(3, 300)
     engine.prefill([[1, 2, 3]])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_freed_memory_goes_back():
+    """Blocks that glibc would keep for later are no part of the process any more, though what lies between them is."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE  # noqa: E731
+    count, size = 64, 1 << 20
+    np.ones(16 * size, np.uint8)  # whose end has glibc keep smaller blocks from now on
+    before = resident()
+    with memory.returned_memory():
+        blocks = [np.ones(size, np.uint8) for _ in range(count)]
+        assert resident() - before > count * size // 2
+        del blocks[1::2]
+        assert resident() - before < count * size * 3 // 4
+        del blocks
+    assert resident() - before < count * size // 4
