@@ -249,6 +249,7 @@ def test_dry_run(recipe):
         (["--sft", "PAIRS", "--base", "BASE", "--chat-template", "PLAIN", "--sequence-length", "96"], "pairs.jsonl:1"),
         (["--sft", "CHATS", "--base", "BASE", "--chat-template", "PLAIN", "--sequence-length", "8"], "0 chats fit"),
         (["--sft", "CHATS", "--base", "BASE", "--vocabulary", "400"], "vocabulary is 400; task sft has no"),
+        (["--recipe", "PRESET"], "preset is 'doge-60m'; task sft has no"),
         (["--dpo", "CHATS", "--base", "BASE", "--chat-template", "PLAIN", "--sequence-length", "96"], "prompt is"),
         (["--dpo", "PAIRS", "--base", "BASE", "--sharded"], "sharded is true"),
         (["--base", "BASE"], "task is text and base"),
@@ -259,7 +260,16 @@ def test_errors_are_one_line_and_exit_2(base, chats, pairs, tmp_path, monkeypatc
 
     plain = tmp_path / "plain.jinja"
     plain.write_text("{% for message in messages %}{{ message.content + eos_token }}{% endfor %}")
-    places = {"CHATS": chats, "PAIRS": pairs, "BASE": base, "NOWHERE": tmp_path / "nowhere", "PLAIN": plain}
+    preset = tmp_path / "preset.toml"
+    preset.write_text(f'task = "sft"\nbase = "{base}"\ndata = ["{chats}"]\npreset = "doge-60m"\n')
+    places = {
+        "PRESET": preset,
+        "CHATS": chats,
+        "PAIRS": pairs,
+        "BASE": base,
+        "NOWHERE": tmp_path / "nowhere",
+        "PLAIN": plain,
+    }
     given = [str(places.get(word, word)) for word in arguments]
     monkeypatch.setattr(sys, "argv", ["wm-train", "--out", str(tmp_path / "out"), *given])
     with pytest.raises(SystemExit) as ended:

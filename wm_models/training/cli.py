@@ -12,7 +12,7 @@ from rich.console import Console
 from runtime.console import Version, answered, command, option, run
 from wm_models import PRESETS
 from wm_models.training.errors import TrainingError
-from wm_models.training.recipe import DPO, SFT, SHIPPED, Recipe
+from wm_models.training.recipe import DEFAULT_PRESET, DPO, SFT, SHIPPED, Recipe
 from wm_models.training.run import estimate, train
 
 app = typer.Typer(rich_markup_mode=None)
@@ -112,7 +112,7 @@ def _plan(options: RunOptions, changes: dict[str, Any]) -> Recipe:
     if len(given) > 1 or (given and (options.preset or "data" in changes)):
         raise TrainingError("--sft, --dpo and --data or --preset are given together; a run has one kind of data")
     if not given:
-        return Recipe.load(options.recipe or options.preset or "doge-20m", changes)
+        return Recipe.load(options.recipe or options.preset or DEFAULT_PRESET, changes)
     ((task, data),) = given.items()
     return Recipe.load(options.recipe or task, {**changes, "task": task, "data": data})
 

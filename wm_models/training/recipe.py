@@ -17,6 +17,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 DTYPES = ("fp32", "bf16", "fp16")
 AUTO = "auto"
 PRECISIONS = (AUTO, "fp32", "bf16")
+DEFAULT_PRESET = "doge-20m"
 TEXT, SFT, DPO = "text", "sft", "dpo"
 TASKS = (TEXT, SFT, DPO)
 
@@ -34,7 +35,7 @@ class Recipe:
     chat_template: str = ""  # of sft and dpo: a Jinja file, or the name of a shipped one; none: the tokenizer's own
     new_tokens: tuple[str, ...] = ()  # special tokens to add to the base's tokenizer
     beta: float = 0.1  # of dpo: how strongly the base is held to
-    preset: str = "doge-20m"
+    preset: str = DEFAULT_PRESET  # of text
     model: Mapping[str, Any] = field(default_factory=dict)  # fields of the preset's configuration to change
     data: tuple[str, ...] = ()  # files, folders, globs; none: the standard library's sources, or its instructions
     exclude: tuple[str, ...] = ()  # patterns of names of documents or chats to leave out
@@ -125,7 +126,7 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-_OF_TEXT = {"model": {}, "vocabulary": 0}  # what sft and dpo take from the base
+_OF_TEXT = {"preset": DEFAULT_PRESET, "model": {}, "vocabulary": 0}  # what sft and dpo take from the base
 _OF_CHATS = {"chat_template": "", "new_tokens": ()}
 _LOWEST = {
     "vocabulary": 0, "steps": 1, "sequence_length": 2, "batch_size": 1, "device_batch_size": 1, "warmup": 0, "decay": 0,
