@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from runtime.console import Version, answered, command, option, run
 from wm_models import PRESETS
@@ -93,6 +94,7 @@ def main_command(
     What an option does not say the recipe does; every value of a recipe is in the file.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of transformers, which shows one for every checkpoint that it reads
     warnings.filterwarnings("ignore", module="torch")
     recipe, preset, out = run_options.recipe, run_options.preset, run_options.out
     if recipe and preset:

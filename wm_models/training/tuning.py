@@ -14,7 +14,6 @@ import torch
 import trl
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from wm_models.checkpoint.files import CONFIG, open_checkpoint, read_json
 from wm_models.checkpoint.formats import config_class
@@ -253,7 +252,6 @@ def tuning_trainer(
     recipe: Recipe, base: Base, material: Material, arguments: TrainingArguments, callbacks: list[TrainerCallback]
 ) -> ChatTrainer | PreferenceTrainer:
     """The trainer of the recipe's task, for the base's model."""
-    transformers_logging.disable_progress_bar()
     train: Any = material.train_rows
     held_out: Any = material.held_out_rows
     end_with(base.model, material.end)
