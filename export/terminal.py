@@ -12,8 +12,7 @@ from rich.progress import Progress as Bar
 
 from export.progress import Progress
 from export.verification.comparison import Comparison
-
-INTERVAL = 5.0  # seconds between two lines
+from runtime import console
 
 
 @contextmanager
@@ -53,7 +52,7 @@ class _BarProgress(Progress):
 
 
 class _LineProgress(Progress):
-    """The current stage and how much of it is done, every `INTERVAL` seconds; nothing for what is done sooner."""
+    """The current stage and how much of it is done, every few seconds; nothing for what is done sooner."""
 
     def __init__(self) -> None:
         self._name, self._done, self._total = "starting", 0, None
@@ -73,9 +72,9 @@ class _LineProgress(Progress):
         self._closed.set()
 
     def _print(self) -> None:
-        while not self._closed.wait(INTERVAL):
-            share = f", {self._done / self._total:.0%}" if self._total else ""
-            print(f"{self._name}: {time.monotonic() - self._began:.0f} s{share}", file=sys.stderr, flush=True)
+        while not self._closed.wait(console.INTERVAL):
+            line = console.progress_line(self._name, time.monotonic() - self._began, self._done, self._total)
+            print(line, file=sys.stderr, flush=True)
 
 
 def describe_comparison(comparison: Comparison) -> str:

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from runtime.artifact.manifest import MANIFEST
 from runtime.backends.registry import AUTO, backend_names
 from runtime.batch import classify_file, generate_file
 from runtime.bench import BenchOptions, measure, plot, render, table_rows
-from runtime.console import Version, command, run
+from runtime.console import Progress, Version, command, run
 from runtime.engine import Engine, load
 from runtime.errors import RequestError
 from runtime.evaluation.perplexity import PerplexityOptions
@@ -218,8 +217,10 @@ def _generate_file(engine: Engine, options: GenerateOptions, sampling: Sampling)
 
 
 def _show_progress(lines: Iterator[int], path: Path, count: int) -> None:
-    for _ in track(lines, path.name, count, console=Console(stderr=True)):
-        pass
+    with Progress(path.name) as progress:
+        progress.expect(count)
+        for _ in progress.track(lines):
+            pass
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from runtime.options import option as option
 
 T = TypeVar("T")
-DELAY = 5.0  # seconds before a progress bar shows
+DELAY = INTERVAL = 5.0  # seconds before progress shows, and between two lines of it where stderr is no terminal
 
 
 def command(
@@ -68,9 +68,9 @@ def _parameter(declared: Field[Any], kind: Any) -> inspect.Parameter:
 
 
 class Progress:
-    """A bar with the time left, on stderr where that is a terminal, for work that takes over `DELAY` seconds.
+    """How far work is that takes over `DELAY` seconds: a bar with the time left where stderr is a terminal, else lines.
 
-    None where it is not to be `shown`.
+    Nothing where it is not to be `shown`.
     """
 
     def __init__(self, name: str, shown: bool = True) -> None:
@@ -85,7 +85,9 @@ class Progress:
             *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
         )
         self._task = self._bar.add_task(name, total=None, visible=False)
-        self._started = time.monotonic()
+        self._lines = shown and not console.is_terminal
+        self._name, self._done, self._total = name, 0, 0
+        self._started = self._said = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -96,17 +98,32 @@ class Progress:
 
     def expect(self, units: int) -> None:
         """So many units of work are ahead, besides those that were expected before."""
-        self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) + units)
+        self._total += units
+        self._bar.update(self._task, total=self._total)
 
     def advance(self) -> None:
         """One unit of work is done."""
-        self._bar.update(self._task, advance=1, visible=time.monotonic() - self._started > DELAY)
+        self._done, now = self._done + 1, time.monotonic()
+        self._bar.update(self._task, advance=1, visible=now - self._started > DELAY)
+        if self._lines and now - self._said > INTERVAL:
+            self._said = now
+            print(progress_line(self._name, now - self._started, self._done, self._total), file=sys.stderr, flush=True)
 
     def track(self, units: Iterable[T]) -> Iterator[T]:
         """The same units of work; one is done when the next is asked for."""
         for unit in units:
             yield unit
             self.advance()
+
+
+def progress_line(name: str, seconds: float, done: float, total: float | None) -> str:
+    """What is at work for how long and, where its `total` is known, the share that is `done` and the time left."""
+    line = f"{name}: {seconds:.0f} s"
+    if total:
+        line += f", {done / total:.0%}"
+    if total and done:
+        line += f", {seconds * (total - done) / done:.0f} s left"
+    return line
 
 
 def answered(flag: str, help: str, answer: Callable[[], str]) -> Any:

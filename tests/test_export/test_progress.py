@@ -6,6 +6,7 @@ import pytest
 from test_trust.samples import make_checkpoint
 
 from export import OnnxOptions, Progress, export_onnx, terminal
+from runtime import console
 
 
 class Recorder(Progress):
@@ -39,11 +40,11 @@ def test_stages_count_up_to_their_totals(tmp_path, scheme):
 
 
 def test_lines_where_stderr_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "INTERVAL", 0.05)
+    monkeypatch.setattr(console, "INTERVAL", 0.05)
     with terminal.shown_progress() as progress:
         progress.stage("counting", total=4)
         progress.advance(3)
         time.sleep(0.5)
     said = capsys.readouterr()
-    assert "counting: 0 s, 75%\n" in said.err
+    assert "counting: 0 s, 75%, 0 s left\n" in said.err
     assert not said.out
