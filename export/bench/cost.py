@@ -230,12 +230,14 @@ def step_bytes(artifact: Artifact, context: int) -> int:
     return round(sum(cost.total for cost in costs))
 
 
-def step_seconds(costs: list[Cost], bandwidth: float, rate: float) -> float:
+def step_seconds(costs: list[Cost], bandwidth: float, rate: float, cache_bandwidth: float | None = None) -> float:
     """Of a step whose modules follow one another, each as fast as bandwidth and rate let it.
 
-    `bandwidth`: bytes/s. `rate`: operations/s. What a kernel's launch costs is not in it.
+    `bandwidth`: bytes/s; of caches `cache_bandwidth`, where that differs. `rate`: operations/s. What a kernel's launch
+    costs is not in it.
     """
-    return sum(max(cost.total / bandwidth, cost.operations / rate) for cost in costs)
+    caches = cache_bandwidth or bandwidth
+    return sum(max(cost.weights / bandwidth + cost.caches / caches, cost.operations / rate) for cost in costs)
 
 
 def step_operators(artifact: Artifact) -> int:

@@ -11,13 +11,15 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from export.bench.cost import Linear, linear_rows
-from runtime.artifact.manifest import Artifact
+from runtime.artifact.manifest import Artifact, State
 from runtime.backends.ort_cpu import cpu_session
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+LARGER_THAN_CACHES = 1 << 27  # bytes
+Clock = Callable[[], float]
 
 
-def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
+def large_product(threads: int | None, size: int = 1024, clock: Clock = time.perf_counter) -> Callable[[], float]:
     """A function that measures the rate of a float32 product with a square weight: operations a second."""
     draw = np.random.default_rng(0)
     inside, outside = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "xy")
@@ -30,10 +32,10 @@ def large_product(threads: int | None, size: int = 1024) -> Callable[[], float]:
 
     def run() -> float:
         session.run(None, feed)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(8):
             session.run(None, feed)
-        return 8 * 2 * size**3 / (time.perf_counter() - started)
+        return 8 * 2 * size**3 / (clock() - started)
 
     return run
 
@@ -96,41 +98,61 @@ def _products(layers: Sequence[tuple[Linear, int]], threads: int | None, batch: 
     return lambda: session.run_with_iobinding(binding), sum(len(weight.raw_data) for weight in weights)
 
 
-def memory_bandwidth(size: int, threads: int | None, bits: int | None = None, block: int = 128) -> Callable[[], float]:
+def memory_bandwidth(
+    size: int, threads: int | None, bits: int | None = None, block: int = 128, clock: Clock = time.perf_counter
+) -> Callable[[], float]:
     """A function that measures the bytes/s that a product of one row with a matrix of `size` bytes reads.
 
-    It is the fastest of several. The matrix is in float32, or in codes of `bits` with a scale for each `block`.
+    It is the fastest of several. The matrix is in float32, or in codes of `bits` with a scale for each `block`. `clock`
+    gives seconds; `time.thread_time` is for one thread, where other work shares the machine.
     """
     inner = 1024
     outer = max(int(size / (inner * (4 if bits is None else bits / 8 + 4 / block))), 1)
     layer = Linear(inner, outer) if bits is None else Linear(inner, outer, bits, block)
     product, read = _products([(layer, 1)], threads, batch=1)
-    return lambda: read / _fastest(product, 8)
+    return lambda: read / _fastest(product, 8, clock)
 
 
-def operator_seconds(threads: int | None, count: int = 256) -> Callable[[], float]:
-    """A function that measures the seconds of an operator whose work is next to nothing, the fastest of several."""
-    shape = (1, 1, 64)
-    inside, outside = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x0", f"x{count}"))
-    nodes = [helper.make_node("Mul", [f"x{index}", "factor"], [f"x{index + 1}"]) for index in range(count)]
-    factor = numpy_helper.from_array(np.full(shape, 0.999, np.float32), "factor")
-    session = _session(helper.make_graph(nodes, "operators", [inside], [outside], [factor]), threads)
-    feed = {"x0": np.ones(shape, np.float32)}
-    return lambda: _fastest(lambda: session.run(None, feed), 32) / count
+def attention_bandwidth(
+    key: State, heads: int, rows: int, threads: int | None, clock: Clock = time.perf_counter
+) -> Callable[[], float]:
+    """A function that measures the bytes/s of keys, values and biases that attention of one query reads.
+
+    `key`: a float32 cache of keys, of which there are `rows`. So many layers follow one another that no cache of the
+    processor holds their keys. It is the fastest of several.
+    """
+    _, groups, _, size = key.sized(1, rows)
+    cache, query = (1, groups, rows, size), (1, heads, 1, size)
+    read = 4 * rows * (2 * groups * size + heads)
+    shapes, nodes = {"query0": query, "hidden": (1, 1, 1, rows)}, []
+    for layer in range(LARGER_THAN_CACHES // read + 1):
+        shapes |= {f"key{layer}": cache, f"value{layer}": cache, f"bias{layer}": (1, heads, rows, 1)}
+        inputs = [f"query{layer}", f"key{layer}", f"value{layer}", f"mask{layer}"]
+        nodes += [
+            helper.make_node("Transpose", [f"bias{layer}"], [f"turned{layer}"], perm=[0, 1, 3, 2]),
+            helper.make_node("Add", [f"turned{layer}", "hidden"], [f"mask{layer}"]),
+            helper.make_node("Attention", inputs, [f"query{layer + 1}"], scale=1.0),
+        ]
+    inside = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    outside = [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, query)]
+    session = _session(helper.make_graph(nodes, "attention", inside, outside), threads)
+    draw = np.random.default_rng(0)
+    feed = {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return lambda: read * (len(nodes) // 3) / _fastest(lambda: session.run(None, feed), 4, clock)
 
 
-def _fastest(run: Callable[[], object], times: int) -> float:
+def _fastest(run: Callable[[], object], times: int, clock: Clock) -> float:
     """Seconds of the fastest of so many runs after a first one."""
     run()
     seconds = []
     for _ in range(times):
-        started = time.perf_counter()
+        started = clock()
         run()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)
 
 
 def _session(graph: Any, threads: int | None) -> Any:
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
     return cpu_session(model, threads)
