@@ -6,7 +6,8 @@
     norms                      RMSNormalization
     q, k, v                    MatMul               one product, the weights side by side
 
-B batch, S new tokens, C cache capacity, D hidden size, H query heads, K key/value heads, d head size, V vocabulary.
+B batch, S new tokens, R rows of logits, C cache capacity, D hidden size, H query heads, K key/value heads, d head size,
+V vocabulary.
 """
 
 import logging
@@ -66,7 +67,7 @@ class StepGraph(nn.Module):
 
     def __init__(self, model: DecoderWithHead, all_logits: bool, options: FormOptions):
         super().__init__()
-        self.model, self.all_logits, self.evicts = model, all_logits, options.evicts
+        self.model, self.indexed, self.evicts = model, not all_logits, options.evicts
         self.kinds: list[Any] = [type(cache) for cache in model.new_caches(1, 1)]  # NamedTuples
         replace_layers(model, options)
 
@@ -79,9 +80,10 @@ class StepGraph(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         rest = iter(states)
         lengths, dropped_lengths = (cache_lengths, sequence_lengths), next(rest) if self.evicts else None
+        chosen: dict[str, Any] = {"logits_index": next(rest)} if self.indexed else {"all_logits": True}
         caches = [kind(*(next(rest) for _ in kind._fields)) for kind in self.kinds]
         logits, caches = self.model.step(
-            input_ids, *lengths, caches, dropped_lengths, all_logits=self.all_logits, context_type=OnnxContext
+            input_ids, *lengths, caches, dropped_lengths, **chosen, context_type=OnnxContext
         )
         return (logits, *(state for cache in caches for state in cache))
 
@@ -110,9 +112,9 @@ def lower(
 ) -> ir.Model:
     """The step graph of `model`, whose parameters it takes over. Batch, sequence and capacity are dynamic.
 
-    Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), with a `window` `dropped_lengths` (B), all
-    int64, and the states; outputs `logits` (B, 1, V), or (B, S, V) with `all_logits`, where V is a
-    classifier's number of labels, and the states.
+    Inputs `input_ids` (B, S), `cache_lengths` (B), `sequence_lengths` (B), with a `window` `dropped_lengths` (B),
+    without `all_logits` `logits_index` (B, R), which of the S tokens get logits, all int64, and the states; outputs
+    `logits` (B, R, V), or (B, S, V) with `all_logits`, where V is a classifier's number of labels, and the states.
     """
     evicts, max_length = window is not None, window.rows if window else max_length
     selects = max_length > model.config.keep_window_size or model.config.dynamic_mask_ratio > 0
@@ -125,18 +127,21 @@ def lower(
     length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # two tokens or more, and more than one chunk
     sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))
     dropped = [torch.tensor([0, 3])] if evicts else []
+    index = [] if all_logits else [torch.tensor([[0, length - 1], [0, 1]])]
     batch = torch.export.Dim("batch", min=1, max=max(max_batch, 2))
     sequence = torch.export.Dim("sequence", min=1, max=max(max_length, length))
+    rows = torch.export.Dim("rows", min=1, max=max(max_length, length))
     capacity = torch.export.Dim("capacity", min=2, max=max(max_length, 2))
     growing = [  # the dimensions that a larger capacity makes larger
         {at: capacity for at in range(state.ndim) if state.shape[at] != larger.shape[at]}
         for state, larger in zip(states, (state for cache in roomier for state in cache), strict=True)
     ]
-    rest = [{0: batch} for _ in dropped] + [{0: batch, **dims} for dims in growing]
+    rest = [*({0: batch} for _ in dropped), *({0: batch, 1: rows} for _ in index)]
+    rest += [{0: batch, **dims} for dims in growing]
     shapes = ({0: batch, 1: sequence}, {0: batch}, {0: batch}, tuple(rest))
-    inputs = [*input_names(window), *names]
+    inputs = [*input_names(window is not None, not all_logits), *names]
     outputs = ["logits", *(f"{name}.out" for name in names)]
-    return trace(graph, (*sample, *dropped, *states), shapes, inputs, outputs, OPSET)
+    return trace(graph, (*sample, *dropped, *index, *states), shapes, inputs, outputs, OPSET)
 
 
 def trace(

@@ -21,14 +21,15 @@ from runtime.backends.registry import AUTO, check_backend, choose_backend
 from runtime.errors import ArtifactError, RequestError
 from runtime.host.budget import Budget
 from runtime.host.memory import returned_memory
-from runtime.ids import as_integers
+from runtime.ids import as_integer, as_integers
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
+from runtime.speculation.options import GUESSES, METHODS, Speculation, check_draft, check_target
 from runtime.text.chat import ChatTemplate, Message, encode_chat, load_chat_template
 from runtime.text.constraint import Constraints, Grammar, json_schema
 from runtime.text.labels import CONFIG, label_names
 from runtime.text.sampling import Sampling
-from runtime.text.tokenizer import check_tokenizer, decode, encode, load_tokenizer
+from runtime.text.tokenizer import check_same_tokens, check_tokenizer, decode, encode, load_tokenizer
 
 LOG = logging.getLogger(__name__)
 GREEDY = Sampling()
@@ -97,6 +98,7 @@ class Engine(Slots):
         self.labels = label_names(artifact)
         padding = artifact.read_json(CONFIG).get("pad_token_id")
         self._padding = padding if isinstance(padding, int) else -1  # which is no id
+        self.speculation: Speculation | None = None
 
     def __enter__(self) -> "Engine":
         return self
@@ -112,6 +114,30 @@ class Engine(Slots):
         """The text of ids, without special tokens. Raises `RequestError` without a tokenizer."""
         tokenizer = check_tokenizer(self.tokenizer, self.artifact)
         return decode(tokenizer, as_integers(ids, "ids", 1).tolist()) if len(ids) else ""
+
+    def speculate(self, by: "str | Engine | None" = "ngram", guesses: int = GUESSES) -> None:
+        """Guess tokens ahead in every later generation, and check several in one step; answers stay as they are.
+
+        `by`: "ngram", what followed the last tokens when they occurred before; the engine of a smaller model over the
+        same tokenizer, which nothing else uses meanwhile and the caller closes; or None for no guesses. `guesses`: the
+        most of a sequence in one step; fewer are made where they are often wrong. See `runtime.speculation`.
+
+        Raises `RequestError` where the artifact or the draft does not allow it.
+        """
+        if by is None:
+            self.speculation = None
+            return
+        self.check_task(classifies=False)
+        check_target(self.artifact, self.session)
+        guesses = as_integer(guesses, "guesses", 1, min(self.session.most_rows, self.session.chunk) - 1)
+        if isinstance(by, Engine):
+            check_draft(self.artifact, by.artifact)
+            check_same_tokens(self.tokenizer, by.tokenizer, by.artifact)
+            self.speculation = Speculation(by, guesses, by.artifact.parameters / self.artifact.parameters)
+        elif by in METHODS:
+            self.speculation = Speculation(None, guesses)
+        else:
+            raise RequestError(f"speculation is by {by!r}; expected {', '.join(METHODS)} or an engine")
 
     def check_task(self, classifies: bool) -> None:
         """Raise `RequestError` where this is a language model and a classifier is asked for, or the reverse."""
@@ -244,8 +270,8 @@ class Engine(Slots):
     def score(self, ids: Sequence[int]) -> np.ndarray:
         """The logprob of each of `ids` after those before it, without the first: (S - 1,), float64.
 
-        A graph with the logits of every token (`wm-export onnx --logits all`) gives them all at once, another one by
-        one. Raises `RequestError`.
+        An artifact that gives the logits of one token a step, as those of before `logits_index`, is read token by
+        token. Raises `RequestError`.
         """
         (event,) = self.events(Request(ids, 0, prompt_logprobs=1, text=False))
         return np.array([each.logprob for each in event.prompt_logprobs or () if each is not None])

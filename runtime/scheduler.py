@@ -1,6 +1,6 @@
 """Many sequences through the slots of one engine: they join and leave between steps.
 
-B slots, n slots of a step, S new tokens, V vocabulary.
+B slots, n slots of a step, S new tokens, R rows of logits, V vocabulary.
 
 What a request gets does not depend on its company: it is, to the bit, what it gets alone on the same scheduler, in
 float32 and int8 on the CPU. Three things see to that.
@@ -10,12 +10,14 @@ float32 and int8 on the CPU. Three things see to that.
   batches of this size gave each row the same bits at every n and every position: tried with 1 to 8 rows of float32,
   float16, bfloat16, int8 and int4 models. At other sizes the last rows differ (int8 by up to 0.2 in a logit).
 - Rows of earlier prompts are taken over in whole pieces only (`runtime.scheduling.prefixes`).
+
+Where the engine speculates, a step's length follows the guesses, and it gets that up to what kernels round.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from runtime.ids import as_integer
 from runtime.scheduling.prefixes import PrefixCache
 from runtime.scheduling.request import Constraint, Event, FinishReason, Logprob, Request
 from runtime.scheduling.sequence import Sequence
+from runtime.speculation.options import is_recurrent
 
 if TYPE_CHECKING:  # which is made of schedulers itself
     from runtime.engine import Engine
@@ -39,7 +42,8 @@ class Counters:
 
     `prompt_tokens`: tokens of prompts that were begun, of which `reused_tokens` were not computed; `cache_hits`:
     requests with such tokens. `new_tokens`: tokens of events. `steps`: decode steps; `rows`: slots computed in them.
-    `unshared_pieces`: pieces that could not be kept for reuse, since some of their rows had been evicted.
+    `unshared_pieces`: pieces that could not be kept for reuse, since some of their rows had been evicted. `proposed`:
+    tokens that were guessed, of which `accepted` were right.
     """
 
     prompt_tokens: int = 0
@@ -49,6 +53,19 @@ class Counters:
     steps: int = 0
     rows: int = 0
     unshared_pieces: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+
+class Step(NamedTuple):
+    """What a decode step does for one sequence: it reads its unread ids and the `guesses` behind them.
+
+    `states`: those without rows before the step, where wrong guesses are to be taken out of them.
+    """
+
+    sequence: Sequence
+    guesses: list[int]
+    states: list[np.ndarray] | None
 
 
 class Scheduler:
@@ -57,7 +74,7 @@ class Scheduler:
     `slots`: sequences under way at once, by default all that the artifact serves. `chunk`: the most prompt tokens that
     are computed between two decode steps. `prefix_memory`: bytes for cache rows of earlier prompts, 0 for no reuse.
     `exact=False` computes no slots but those in use: a lone request is then faster, and what a request gets can differ
-    from its solo run by what kernels round.
+    from its solo run by what kernels round. Guesses ahead as the engine was told by `Engine.speculate`.
     """
 
     def __init__(
@@ -81,7 +98,8 @@ class Scheduler:
         self._ended: list[Event] = []  # cancelled since the last step
         self._unclean: set[int] = set()  # slots that may hold what is not finite
         self._shorter = False  # whether a sequence has ended since the capacity was last chosen
-        self._recurrent = any("capacity" not in state.shape for state in engine.graph.states)
+        self._recurrent = is_recurrent(engine.artifact)
+        self._speculator = None if engine.speculation is None else engine.speculation.start(self.slots)
 
     @property
     def waiting(self) -> int:
@@ -185,10 +203,11 @@ class Scheduler:
     def _piece(self, sequence: Sequence) -> int:
         """How many tokens of the prompt are computed next."""
         done = int(self._lengths[sequence.slot])
-        if sequence.prompt_logprobs is None or self.engine.graph.logits == "all":
-            return min(self.chunk, sequence.prompt_tokens - done)
-        # the logits of each further token are wanted, and a step gives those of its last
-        return max(1, min(self.chunk, sequence.unscored - done))
+        most, left = self.engine.session.most_rows, sequence.prompt_tokens - done
+        if sequence.prompt_logprobs is None or most >= self.chunk:
+            return min(self.chunk, left)
+        # the logits of each further token are wanted, and a step gives those of its last ones
+        return max(min(most, left), min(self.chunk, sequence.unscored - done))
 
     def _take_prefix(self, sequence: Sequence) -> None:
         """Begin with cache rows that are kept of earlier prompts."""
@@ -209,7 +228,8 @@ class Scheduler:
         # logits that nobody reads stay where they are
         scores = sequence.prompt_logprobs is not None and end > sequence.unscored
         plain = not scores and (sequence.plain or end < sequence.prompt_tokens)
-        rows = session.step_slot(slot, np.array(sequence.ids[done:end]), self._lengths, plain)
+        wanted = {"rows": end - max(done, sequence.unscored)} if scores else {}
+        rows = session.step_slot(slot, np.array(sequence.ids[done:end]), self._lengths, plain, **wanted)
         self._lengths[slot] = end
         if scores:
             sequence.note_prompt(rows, end)
@@ -229,33 +249,97 @@ class Scheduler:
         events.append(self._note(sequence, event))
 
     def _decode(self) -> list[Event]:
-        """One token of each running sequence."""
+        """The next token of each running sequence, and those behind it that were guessed right."""
         stepping = list(self._running)
         self._move_together()
         count = max(each.slot for each in stepping) + 1
         count = -(-count // self._multiple) * self._multiple
-        ids, active = np.zeros((count, 1), np.int64), np.zeros(count, np.int64)
-        for sequence in stepping:
-            ids[sequence.slot], active[sequence.slot] = sequence.ids[-1], 1
         plain = all(each.plain for each in stepping)
         try:
-            self._make_room(int(self._lengths[:count].max()) + 1)  # idle slots write a row too, behind their own
-            found = self.engine.session.step(ids, self._lengths, active, plain)
+            steps = self._plan(stepping, count)
+            found = self._run(steps, count, plain)
         except ValueError as error:
             return [self._end(each, "error", str(error)) for each in stepping]
-        self._lengths[:count] += active
         self.counters.steps += 1
         self.counters.rows += count
-        events = []
-        for sequence in stepping:
+        events: list[Event] = []
+        for each in steps:
             try:
-                logits = found[sequence.slot]
-                event = sequence.take(int(logits)) if plain else sequence.choose(logits)
+                self._choose(each, found[each.sequence.slot], plain, events)
             except ValueError as error:
-                events.append(self._end(sequence, "error", str(error)))
-            else:
-                events.append(self._note(sequence, event))
+                events.append(self._end(each.sequence, "error", str(error)))
         return events
+
+    def _plan(self, stepping: list[Sequence], count: int) -> list[Step]:
+        """What each sequence reads in the next step, over the first `count` slots: its unread ids, and guesses."""
+        room = self.engine.graph.max_length - int(self._lengths[:count].max())
+        unread = [len(each.ids) - int(self._lengths[each.slot]) for each in stepping]
+        if max(unread) > room:  # a slot beside has no room for as many: all but the last are read alone
+            for sequence, size in zip(stepping, unread, strict=True):
+                self._read_alone(sequence, size - 1)
+        guesses: list[list[int]] = [[] for _ in stepping]
+        if self._speculator is not None and max(unread) == 1:
+            guesses = self._speculator.guess(stepping, count, room - 1)
+        states = self._recurrent and any(guesses)
+        return [
+            Step(sequence, guessed, self._states(sequence) if states else None)
+            for sequence, guessed in zip(stepping, guesses, strict=True)
+        ]
+
+    def _run(self, steps: list[Step], count: int, plain: bool) -> np.ndarray:
+        """Compute the first `count` slots: logits (n, R, V) or, if `plain`, ids (n, R), right-aligned."""
+        new = [[*each.sequence.ids[self._lengths[each.sequence.slot] :], *each.guesses] for each in steps]
+        length, rows = max(map(len, new)), 1 + max(len(each.guesses) for each in steps)
+        ids, sizes = np.zeros((count, length), np.int64), np.zeros(count, np.int64)
+        for each, read in zip(steps, new, strict=True):
+            ids[each.sequence.slot, : len(read)], sizes[each.sequence.slot] = read, len(read)
+        self._make_room(int(self._lengths[:count].max()) + length)  # idle slots write rows too, behind their own
+        session = self.engine.session
+        if rows == 1:
+            found = session.step(ids, self._lengths, sizes, plain)[:, None]
+        else:
+            found = session.step_rows(ids, self._lengths, sizes, rows, plain)
+        self._lengths[:count] += sizes
+        return found
+
+    def _choose(self, step: Step, found: np.ndarray, plain: bool, events: list[Event]) -> None:
+        """Choose a sequence's tokens as long as they are what was guessed, and one more; forget the other guesses.
+
+        found: logits (R, V), or, if `plain`, ids (R,), of which the last are this sequence's.
+        """
+        sequence, guesses = step.sequence, step.guesses
+        before, right, ended = len(sequence.ids), 0, False
+        for index, logits in enumerate(found[len(found) - len(guesses) - 1 :]):
+            event = self._note(sequence, sequence.take(int(logits)) if plain else sequence.choose(logits))
+            events.append(event)
+            ended = event.finish_reason is not None
+            right += index < len(guesses) and event.token == guesses[index]
+            if ended or right == index:
+                break
+        if not guesses:
+            return
+        self.counters.proposed += len(guesses)
+        self.counters.accepted += right
+        if not ended:
+            assert self._speculator is not None
+            self._speculator.note(sequence, len(guesses), right)
+            self._lengths[sequence.slot] = before + right
+            if step.states is not None and right < len(guesses):  # they have seen wrong guesses: read the right again
+                self.engine.session.write_rows(sequence.slot, before - 1, step.states)
+                self._lengths[sequence.slot] = before - 1
+
+    def _states(self, sequence: Sequence) -> list[np.ndarray] | None:
+        """The states of a sequence's slot that have no rows, as they are."""
+        length = int(self._lengths[sequence.slot])
+        return self.engine.session.read_rows(sequence.slot, length, length)
+
+    def _read_alone(self, sequence: Sequence, size: int) -> None:
+        """Read the sequence's next `size` ids while the other slots sit it out."""
+        length = int(self._lengths[sequence.slot])
+        if size:
+            ids = np.array(sequence.ids[length : length + size])
+            self.engine.session.step_slot(sequence.slot, ids, self._lengths, True)
+            self._lengths[sequence.slot] += size
 
     def _move_together(self) -> None:
         """Move running sequences from behind into free slots before them, so that a step computes few idle slots."""
@@ -300,6 +384,8 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.number]
+        if self._speculator is not None:
+            self._speculator.forget(sequence.number)
         for held in (self._waiting, self._prefilling, self._running):
             if sequence in held:
                 held.remove(sequence)

@@ -225,6 +225,7 @@ class DecoderWithHead(DecoderPreTrainedModel):
         dropped_lengths: torch.Tensor | None = None,
         *,
         all_logits: bool = False,
+        logits_index: torch.Tensor | None = None,
         context_type: type[StepContext] = StepContext,
     ) -> tuple[torch.Tensor, list[LayerCache]]:
         """One chunk of tokens for every slot of static caches: the function that is compiled and exported.
@@ -234,14 +235,14 @@ class DecoderWithHead(DecoderPreTrainedModel):
         cache_lengths + sequence_lengths must not pass the capacity C, and a slot that is not full needs
         cache_lengths + S <= C. dropped_lengths (B) int64: the tokens that each slot held once and whose rows were
         evicted since, see `StepContext`; cache_lengths does not count them. Returns logits (B, 1, V) of each slot's
-        last real token, or (B, S, V) with `all_logits`, where V is a classifier's number of labels, and the caches,
-        which `StepContext` writes in place.
+        last real token; (B, R, V) with `logits_index` (B, R) int64, of those of the S tokens; or (B, S, V) with
+        `all_logits`. V is a classifier's number of labels. Returns the caches too, which `StepContext` writes in place.
         """
         lengths = cache_lengths, sequence_lengths
         hidden, caches = self.model.step(input_ids, *lengths, caches, dropped_lengths, context_type)
         if not all_logits:
-            last = (sequence_lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
-            hidden = hidden.gather(1, last)
+            rows = (sequence_lengths - 1).clamp(min=0)[:, None] if logits_index is None else logits_index
+            hidden = hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))
         return self.head(hidden), caches
 
 

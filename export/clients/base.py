@@ -15,7 +15,7 @@ class ClientSession:
     """
 
     device_name = "CPU"
-    row_multiple = 1
+    row_multiple = most_rows = 1
 
     def __init__(self, graph: Graph, keeps: Any = None):
         self.graph, self.chunk, self.keeps = graph, graph.max_length, keeps
@@ -27,6 +27,10 @@ class ClientSession:
 
     def shrink(self, capacity: int) -> None:
         """Nothing to do, as in `grow`."""
+
+    def step_rows(self, *_: Any) -> NoReturn:
+        """Raises `ArtifactError`: a client gives the logits of the last token alone."""
+        raise ArtifactError("a client gives the logits of the last token alone")
 
     def copy_slot(self, source: int, target: int, tokens: int) -> NoReturn:
         """Raises `ArtifactError`: a client's caches are its own."""

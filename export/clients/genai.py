@@ -75,7 +75,7 @@ class GenaiSession(ClientSession):
         return argmax_ids(logits) if argmax else logits
 
     def step_slot(
-        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False, rows: int = 1
     ) -> np.ndarray:
         """As `runtime.backends.base.Session.step_slot`."""
         self._part()

@@ -139,7 +139,7 @@ class MaskedSession(ClientSession):
         return argmax_ids(found) if argmax else found
 
     def step_slot(
-        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False, rows: int = 1
     ) -> np.ndarray:
         """As `runtime.backends.base.Session.step_slot`: the other slots sit this step out."""
         ids, lengths = np.zeros((self.batch, input_ids.size), np.int64), np.zeros(self.batch, np.int64)

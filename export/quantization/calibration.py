@@ -75,7 +75,7 @@ def second_moments(
 
 def _step_feed(graph: ir.Model, length: int) -> Feed:
     """The inputs of a step graph that reads rows of `length` ids into empty caches."""
-    sizes = {"batch": 1, "capacity": length}
+    sizes = {"batch": 1, "capacity": length, "rows": 1}
     states = {
         value.name or "": np.zeros(
             [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.rewrites.initializer import add_initializer
+from export.rewrites.last_row import take_last_row
 from runtime.artifact.manifest import EVICTED, State
 
 PREFIX = "genai"  # of the names of what is added
@@ -62,6 +63,7 @@ def genai_layout(states: Sequence[State], layers: int) -> GenaiLayout:
 def to_genai(model: ir.Model, layout: GenaiLayout) -> None:
     """Rewrite the step graph in place."""
     graph = model.graph
+    take_last_row(graph)
     inputs = {value.name or "": value for value in graph.inputs}
     outputs = {value.name or "": value for value in graph.outputs}
     mask = _read_mask(graph, inputs)

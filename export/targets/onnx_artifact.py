@@ -18,6 +18,7 @@ from export.quantization.calibration import LENGTH, ROWS, written_text
 from export.quantization.schemes import BLOCKS, SCHEMES, Scheme
 from export.quantization.weights import quantize_graph
 from export.rewrites.fixed_capacity import fix_capacity
+from export.rewrites.last_row import take_last_row
 from export.targets.base import Draft, Target
 from export.verification.judging import Expected
 from export.verification.ranges import check_biases, check_weights
@@ -51,7 +52,7 @@ class OnnxOptions:
     )
     max_length: int | None = option(None, "Most tokens a slot holds. Default: all that RoPE allows.")
     max_batch: int = option(8, "Most slots a step serves.")
-    logits: str = option("last", "Logits of the last real token of each slot, or of all.")
+    logits: str = option("last", "Logits of the last tokens of each slot, as many as a step asks for, or of all.")
     capacity: int | None = option(
         None, f"Also write {FIXED}, whose caches have room for exactly so many tokens, as TensorRT wants them."
     )
@@ -120,10 +121,11 @@ ONNX = OnnxTarget()
 
 
 def write_fixed(directory: Path, contract: Graph, capacity: int) -> None:
-    """Write the portable graph once more, over the same weights, with caches of one size."""
+    """Write the portable graph once more, over the same weights, with caches of one size and one row of logits."""
     model = ir.load(directory / GRAPH)
     rows = min(capacity, contract.window.rows) if contract.window else capacity
     caches = [value for value in model.graph.inputs if value.shape is not None and "capacity" in map(str, value.shape)]
+    take_last_row(model.graph)
     fix_capacity(model.graph, rows, [value.name or "" for value in caches])
     ir.save(model, directory / FIXED)
 
@@ -158,6 +160,7 @@ def _contract(model: DecoderWithHead, options: OnnxOptions) -> Graph:
         states=(),
         dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
         logits=options.logits,
+        indexed=options.logits == "last",
         max_batch=options.max_batch,
         max_length=max_length,
         window=cache_window(model.config, max_length, options.spare),

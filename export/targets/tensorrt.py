@@ -19,6 +19,7 @@ from export.errors import ExportError, VerificationError
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
 from export.rewrites.fixed_capacity import fix_capacity
+from export.rewrites.last_row import take_last_row
 from export.rewrites.names import MODULE
 from export.rewrites.narrow_float64 import narrow_float64
 from export.rewrites.next_ids import add_next_ids
@@ -186,6 +187,7 @@ def _targets(builder: str, capabilities: Sequence[str]) -> list[str]:
 def prepare_for_tensorrt(model: ir.Model, graph: Graph, capacity: int) -> None:
     """Rewrite the portable graph, in place, for an engine of one capacity. Its rows are the graph's for it."""
     narrow_float64(model)
+    take_last_row(model.graph)
     rows = graph.rows(capacity)
     fix_capacity(model.graph, rows, [state.input for state in graph.states if "capacity" in state.shape])
     separate_rotary_positions(model.graph, rows)

@@ -15,7 +15,17 @@ from os import PathLike
 from pathlib import Path
 
 from runtime.artifact.folder import Folder
-from runtime.artifact.manifest import ELEMENTS, MANIFEST, TOKENIZER, Artifact, File, Graph, parse_manifest, shown
+from runtime.artifact.manifest import (
+    ELEMENTS,
+    LOGITS_INDEX,
+    MANIFEST,
+    TOKENIZER,
+    Artifact,
+    File,
+    Graph,
+    parse_manifest,
+    shown,
+)
 from runtime.artifact.onnx_reader import OnnxFile, OnnxFormatError, Value, read_onnx
 from runtime.artifact.signature import check_signature
 from runtime.errors import ArtifactError
@@ -186,7 +196,7 @@ def _check_values(path: Path, graph: Graph, model: OnnxFile) -> None:
         for state in graph.states
     ]
     inputs: list[tuple[str, int, list[int | None]]] = [
-        (name, integers, [None] * (2 if name == "input_ids" else 1)) for name in graph.inputs
+        (name, integers, [None] * (2 if name in ("input_ids", LOGITS_INDEX) else 1)) for name in graph.inputs
     ]
     inputs += [(state.input, element, shape) for state, element, shape in states]
     outputs: list[tuple[str, int, list[int | None]]] = [("logits", logits, [None, None, graph.logits_width])]

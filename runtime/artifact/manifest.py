@@ -4,7 +4,7 @@ The dataclasses here are the schema: `parse_manifest` checks every type and boun
 writes what it would accept. A top-level section that is not named here belongs to a target or backend; it is kept as
 it is, and whoever owns it reads it with `Artifact.section` through a dataclass of its own.
 
-B batch (slots), S new tokens, C cache capacity, V vocabulary.
+B batch (slots), S new tokens, R rows of logits, C cache capacity, V vocabulary.
 """
 
 import json
@@ -26,6 +26,7 @@ SCHEMA = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 EVICTED = "dropped_lengths"  # the input that a graph with a window has besides: tokens whose rows were evicted
+LOGITS_INDEX = "logits_index"  # the input of an indexed graph, (B, R): which of the S new tokens get logits
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the argmax of each row of logits
 DTYPES = ("float32", "float16", "bfloat16")
 LOGITS = ("last", "all")
@@ -70,9 +71,9 @@ class Window:
             raise ValueError(f"keep is {shown(self.keep)}; expected 1 to {shown(self.rows - 1)}, less than rows")
 
 
-def input_names(window: Window | None) -> tuple[str, ...]:
-    """The graph's inputs but for its states; all are int64, the first (B, S), the others (B)."""
-    return INPUTS if window is None else (*INPUTS, EVICTED)
+def input_names(evicts: bool, indexed: bool) -> tuple[str, ...]:
+    """The graph's inputs but for its states; all are int64: the first (B, S), `LOGITS_INDEX` (B, R), the others (B)."""
+    return (*INPUTS, *((EVICTED,) if evicts else ()), *((LOGITS_INDEX,) if indexed else ()))
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ class Graph:
 
     `file`: the portable ONNX graph. `cpu_file`: the graph that runs on a CPU: `file`, or one with operators that suit
     a CPU better. `dtype`: of caches, logits, and weights without a `quantization`, whose name is the exporter's, "none"
-    for none. `logits`: "last", of each slot's last real token, or "all". `vocabulary`: V. `max_batch`: the most slots.
-    `max_length`: the most tokens of a slot. `capacities`: the values of C, rising, the last of them `max_length`.
-    `states`: the caches. `window`: of a graph that evicts rows. `labels`: how many a classifier has. `opset`: the
-    version of ONNX's operators. Raises ValueError for values that contradict each other.
+    for none. `logits`: "last", of each slot's last real token, or "all". `indexed`: of "last", whether its input
+    `logits_index` names the tokens instead; else a step gives one row of logits a slot. `vocabulary`: V. `max_batch`:
+    the most slots. `max_length`: the most tokens of a slot. `capacities`: the values of C, rising, the last of them
+    `max_length`. `states`: the caches. `window`: of a graph that evicts rows. `labels`: how many a classifier has.
+    `opset`: the version of ONNX's operators. Raises ValueError for values that contradict each other.
     """
 
     file: str
@@ -100,10 +102,13 @@ class Graph:
     window: Window | None = None
     labels: Annotated[int, Meta(ge=1, le=MOST_LABELS)] | None = None
     opset: int | None = None
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("logits", self.logits, LOGITS)
+        if self.indexed and self.logits != "last":
+            raise ValueError(f"indexed is true and logits {shown(self.logits)}; expected last")
         rising = list(self.capacities) == sorted(set(self.capacities))
         if not self.capacities or not rising or self.capacities[-1] != self.max_length:
             raise ValueError(
@@ -129,12 +134,17 @@ class Graph:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return input_names(self.window)
+        return input_names(self.window is not None, self.indexed)
 
     @property
     def chunk(self) -> int:
         """The most tokens of a slot in one step."""
         return self.max_length if self.window is None else self.window.rows - self.window.keep
+
+    @property
+    def most_rows(self) -> int:
+        """The most tokens of a slot that one step gives logits of; of a classifier, the last alone is asked for."""
+        return self.chunk if self.logits == "all" or (self.indexed and self.labels is None) else 1
 
     def rows(self, capacity: int) -> int:
         """The rows that the caches of a slot of `capacity` tokens have."""

@@ -1,6 +1,6 @@
 """Caches and logits as numpy arrays: their types and sizes, and which rows of the logits count.
 
-B batch (slots), S new tokens, V vocabulary.
+B batch (slots), S new tokens, R rows of logits, V vocabulary.
 """
 
 from math import prod
@@ -27,15 +27,20 @@ def rows_index(state: State, rows: slice) -> tuple[slice, ...]:
     return tuple(rows if dim == "capacity" else slice(None) for dim in state.shape[1:])
 
 
-def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray) -> np.ndarray:
-    """Of (B, S, n), or (B, 1, n) where the graph has chosen already, each slot's last real row: (B, n)."""
+def last_index(sequence_lengths: np.ndarray, count: int) -> np.ndarray:
+    """The places (B, R), int64, of each slot's last R = `count` real tokens; the first stands for those it lacks."""
+    return np.maximum(sequence_lengths[:, None] + np.arange(-count, 0), 0)
+
+
+def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray, count: int = 1) -> np.ndarray:
+    """Of (B, S, n), the rows (B, R, n) of each slot's last R = `count` real tokens, as `last_index` has them."""
     if rows.shape[1] == 1:
-        return rows[:, 0]
-    return rows[np.arange(rows.shape[0]), np.maximum(sequence_lengths - 1, 0)]
+        return rows
+    return rows[np.arange(rows.shape[0])[:, None], last_index(sequence_lengths, count)]
 
 
 def argmax_ids(logits: np.ndarray) -> np.ndarray:
-    """The index (B,), int64, of the largest of logits (B, V); -1 where they are not all finite."""
+    """The index (…), int64, of the largest of logits (…, V); -1 where they are not all finite."""
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
 
 

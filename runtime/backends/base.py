@@ -1,6 +1,6 @@
 """What the engine expects of a backend: it says what it lacks on this machine, and opens a session, which runs steps.
 
-B batch (slots), S new tokens, C cache capacity, V vocabulary (of a classifier, its labels).
+B batch (slots), S new tokens, R rows of logits, C cache capacity, V vocabulary (of a classifier, its labels).
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,14 @@ class Session(Protocol):
     """A loaded graph with a cache for each slot. The engine alone calls it, one call at a time, with checked values.
 
     `graph`: the artifact's graph, with the slots, capacities and lengths that this session serves. `chunk`: the most
-    tokens S of a slot in one step. `batch` and `capacity`: B and C as they are now, 0 before `allocate`.
-    `device_name`: the processor or card, for people. Every call may raise `RequestError` where memory is short.
+    tokens S of a slot in one step. `most_rows`: the most of them, R, whose logits a step gives; 1 for the last alone.
+    `batch` and `capacity`: B and C as they are now, 0 before `allocate`. `device_name`: the processor or card, for
+    people. Every call may raise `RequestError` where memory is short.
     """
 
     graph: Graph
     chunk: int
+    most_rows: int
     batch: int
     capacity: int
     device_name: str
@@ -71,14 +73,24 @@ class Session(Protocol):
         """
         ...
 
+    def step_rows(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, rows: int,
+        argmax: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """`step`, with the logits (n, R, V) of each slot's last R = `rows` real tokens, at most `most_rows`, in order.
+
+        Where a slot has fewer real tokens, the rows before theirs mean nothing. With `argmax` the ids (n, R).
+        """
+        ...
+
     def step_slot(
-        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False, rows: int = 1
     ) -> np.ndarray:
         """Append input_ids (S,), int64, to one slot; the others keep their content. cache_lengths (B) as in `step`.
 
-        Returns logits, float32: (S, V) of every id where `graph.logits` is "all", else (1, V) of the last. They may
-        lie in a buffer that the next step overwrites. With `argmax` the id (1,), int64, of the last id's largest logit,
-        -1 where logits are not finite, in an array of its own.
+        Returns logits, float32, (R, V), of the last R = `rows` ids, at most S and at most `most_rows`. They may lie in
+        a buffer that the next step overwrites. With `argmax` the ids (R,), int64, of the largest logits, -1 where
+        logits are not finite, in an array of their own.
         """
         ...
 

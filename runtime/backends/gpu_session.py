@@ -1,6 +1,6 @@
 """What the GPU backends share: caches and buffers on the device, one upload and one download a step.
 
-B batch, S new tokens, C cache capacity, V vocabulary.
+B batch, S new tokens, R rows of logits, C cache capacity, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,13 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.artifact.manifest import Artifact, State
-from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, rows_index, state_bytes, widened
+from runtime.backends.arrays import STORAGE, argmax_ids, last_index, last_rows, rows_index, state_bytes, widened
 from runtime.backends.cuda import Device
 from runtime.backends.eviction import Eviction
 from runtime.errors import RequestError
 
 INT64 = 8  # bytes
+ROWS = 16  # of logits that a step of an indexed graph gives at most, which bounds their buffer
 
 
 class GpuSession:
@@ -31,7 +32,8 @@ class GpuSession:
         self.graph = replace(artifact.graph, max_batch=max_batch, max_length=capacities[-1], capacities=capacities)
         self.batch = self.capacity = 0
         self.eviction = Eviction(self.graph, 0)
-        self.lengths = len(self.graph.inputs) - 1  # inputs of one number a slot
+        self.lengths = len(self.graph.inputs) - 1 - self.graph.indexed  # inputs of one number a slot
+        self.most_rows = chunk if self.graph.logits == "all" else min(chunk, ROWS, self.graph.most_rows)
         self.addresses: dict[str, int] = {}
         self.host: dict[str, np.ndarray] = {}
 
@@ -49,9 +51,9 @@ class GpuSession:
         try:
             for name, size in self.sizes(batch, capacity).items():
                 self.addresses[name] = self.device.allocate(size, f"{name} for {batch} slots of {capacity} tokens")
-            rows = self.chunk if self.graph.logits == "all" else 1
+            rows = self.most_rows
             for name, shape, dtype in (
-                ("inputs", (batch * (self.chunk + self.lengths),), np.int64),
+                ("inputs", (batch * self._columns(self.chunk, rows),), np.int64),
                 ("logits", (batch * rows * self.graph.logits_width,), STORAGE[self.graph.dtype]),
                 ("next_ids", (batch * rows,), np.int64),
             ):
@@ -72,12 +74,16 @@ class GpuSession:
 
     def sizes(self, batch: int, capacity: int) -> dict[str, int]:
         """Bytes of every buffer on the device, by name."""
-        rows = batch * (self.chunk if self.graph.logits == "all" else 1)
+        rows = batch * self.most_rows
         width = np.dtype(STORAGE[self.graph.dtype]).itemsize
         sizes = {state.input: self.state_bytes(state, batch, capacity) for state in self.graph.states}
-        sizes["inputs"] = batch * (self.chunk + self.lengths) * INT64
+        sizes["inputs"] = batch * self._columns(self.chunk, self.most_rows) * INT64
         sizes["logits"], sizes["next_ids"] = rows * self.graph.logits_width * width, rows * INT64
         return sizes
+
+    def _columns(self, length: int, rows: int) -> int:
+        """The numbers of a slot in the graph's inputs, in a step of S = `length` tokens with R = `rows` of logits."""
+        return length + self.lengths + (rows if self.graph.indexed else 0)
 
     def state_bytes(self, state: State, batch: int, capacity: int) -> int:
         return state_bytes(state, batch, self.graph.rows(capacity))
@@ -116,17 +122,23 @@ class GpuSession:
         token, or, where only the `argmax` tokens are asked for, their ids (n,), int64, -1 where logits are not finite:
         then no logit leaves the device.
         """
+        return self.step_rows(input_ids, cache_lengths, sequence_lengths, 1, argmax)[:, 0]
+
+    def step_rows(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, rows: int,
+        argmax: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """`step`, with the logits (n, R, V) of each slot's last R = `rows` real tokens, or their ids (n, R)."""
         count = len(input_ids)
         if count < self.batch:
             idle = self.batch - count
             input_ids, sequence_lengths = np.pad(input_ids, ((0, idle), (0, 0))), np.pad(sequence_lengths, (0, idle))
-        found = self._step(input_ids, cache_lengths, sequence_lengths, argmax)
-        return (found if argmax else last_rows(found, sequence_lengths))[:count]
+        return self._step(input_ids, cache_lengths, sequence_lengths, rows, argmax)[:count]
 
     def _step(
-        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, argmax: bool = False
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, rows: int, argmax: bool
     ) -> np.ndarray:
-        """One chunk of all slots: the argmax ids (B,), or the logits (B, S or 1, V)."""
+        """One chunk of all slots: the argmax ids (B, R), or the logits (B, R, V)."""
         batch, length = input_ids.shape
         if batch != self.batch or length > self.chunk:
             raise RequestError(
@@ -134,27 +146,31 @@ class GpuSession:
                 f"takes up to {self.chunk} tokens"
             )
         rows_taken, *evicted = self.eviction.make_room(cache_lengths, length, self._part)
-        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *evicted])
+        index = [last_index(sequence_lengths, rows).reshape(-1)] if self.graph.indexed else []
+        held = np.concatenate([input_ids.reshape(-1), rows_taken, sequence_lengths, *evicted, *index])
         self.host["inputs"][: held.size] = held
-        self.execute(length)
-        rows = length if self.graph.logits == "all" else 1
+        self.execute(length, rows)
+        given = length if self.graph.logits == "all" else rows
         if argmax and self.has_next_ids:
             self.device.synchronize()
-            ids = self.host["next_ids"][: batch * rows].reshape(batch, rows, 1)
-            return last_rows(ids, sequence_lengths)[:, 0].copy()
-        logits = self.host["logits"][: batch * rows * self.graph.logits_width].reshape(batch, rows, -1)
+            ids = self.host["next_ids"][: batch * given].reshape(batch, given, 1)
+            return self._last(ids, sequence_lengths, rows)[..., 0].copy()
+        logits = self.host["logits"][: batch * given * self.graph.logits_width].reshape(batch, given, -1)
         self.device.download(logits, self.addresses["logits"])
         self.device.synchronize()
-        found = widened(logits, self.graph.dtype).astype(np.float32, copy=False)
-        return argmax_ids(last_rows(found, sequence_lengths)) if argmax else found
+        found = widened(self._last(logits, sequence_lengths, rows), self.graph.dtype).astype(np.float32, copy=False)
+        return argmax_ids(found) if argmax else found
+
+    def _last(self, found: np.ndarray, sequence_lengths: np.ndarray, rows: int) -> np.ndarray:
+        """Of what the graph gives of each token, (B, S, n), the last rows (B, R, n); others have chosen already."""
+        return last_rows(found, sequence_lengths, rows) if self.graph.logits == "all" else found
 
     def step_slot(
-        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False, rows: int = 1
     ) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot while the others sit it out.
 
-        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V); or the `argmax`
-        of the last, (1,), as `step`.
+        Returns the logits (R, V) of the last R = `rows` ids, or with `argmax` the ids (R,), as `step`.
         Padding is written behind what the others hold, so the chunk is cut where one of them has no room for it.
         """
         lengths = cache_lengths.copy()
@@ -165,10 +181,9 @@ class GpuSession:
             chunk = input_ids[start : start + room]
             ids, new = np.zeros((self.batch, chunk.size), np.int64), np.zeros(self.batch, np.int64)
             ids[slot], new[slot] = chunk, chunk.size
-            made = self._step(ids, lengths, new, argmax)
-            found.append(made[slot : slot + 1] if argmax else made[slot].copy())
+            found.append(self._step(ids, lengths, new, min(rows, chunk.size), argmax)[slot].copy())
             lengths = lengths + new
-        return np.concatenate(found) if self.graph.logits == "all" and not argmax else found[-1]
+        return np.concatenate(found)[-rows:]
 
     row_multiple = 1  # a step always computes all slots
 
@@ -201,18 +216,20 @@ class GpuSession:
 
     has_next_ids = False
 
-    def execute(self, length: int) -> None:
-        """Put one step of S = `length` tokens on the device: upload the inputs, run, and leave logits there."""
+    def execute(self, length: int, rows: int) -> None:
+        """Put a step of S = `length` tokens on the device: upload the inputs, run, and leave R = `rows` of logits."""
         raise NotImplementedError
 
-    def upload_inputs(self, length: int) -> None:
-        self.device.upload(self.addresses["inputs"], self.host["inputs"][: self.batch * (length + self.lengths)])
+    def upload_inputs(self, length: int, rows: int) -> None:
+        size = self.batch * self._columns(length, rows)
+        self.device.upload(self.addresses["inputs"], self.host["inputs"][:size])
 
-    def input_bindings(self, length: int) -> list[tuple[tuple[int, ...], int]]:
+    def input_bindings(self, length: int, rows: int) -> list[tuple[tuple[int, ...], int]]:
         """Shape and address of each of the graph's inputs, which lie behind each other."""
         start, batch = self.addresses["inputs"], self.batch
         lengths = [((batch,), start + batch * (length + index) * INT64) for index in range(self.lengths)]
-        return [((batch, length), start), *lengths]
+        chosen = [((batch, rows), start + batch * (length + self.lengths) * INT64)] if self.graph.indexed else []
+        return [((batch, length), start), *lengths, *chosen]
 
     def release(self) -> None:
         """Free the caches and the buffers of a step; `allocate` makes others."""

@@ -1,6 +1,6 @@
 """The ONNX Runtime backend: one graph, and caches that it writes in place.
 
-B batch, S new tokens, C cache capacity, V vocabulary.
+B batch, S new tokens, R rows of logits, C cache capacity, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifact.manifest import ELEMENTS, Artifact, State
-from runtime.backends.arrays import STORAGE, argmax_ids, last_rows, rows_index, state_bytes, widened
+from runtime.artifact.manifest import ELEMENTS, LOGITS_INDEX, Artifact, State
+from runtime.backends.arrays import STORAGE, argmax_ids, last_index, last_rows, rows_index, state_bytes, widened
 from runtime.backends.base import Options
 from runtime.backends.eviction import Eviction
 from runtime.backends.ort import MISSING, first_line, open_session, session_options
@@ -22,6 +22,7 @@ from runtime.host.denormals import flushed_denormals
 from runtime.host.memory import check_memory, return_freed, use_huge_pages
 
 ALIGNMENT = 64  # bytes, a line of a processor's cache
+SHORT = 16  # steps of so few tokens come again and again, so their bindings are kept
 
 
 class CpuBackend:
@@ -59,11 +60,13 @@ class OnnxSession:
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
         self.chunk = self.graph.chunk
+        self.most_rows = self.graph.most_rows
         self.batch = self.capacity = self.reserved = 0
         self.eviction = Eviction(self.graph, 0)
         self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
         self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
-        self._bindings: dict[tuple[int, int, int], tuple[Any, list[np.ndarray], np.ndarray]] = {}
+        self._logits = np.zeros(0, STORAGE[self.graph.dtype])  # of short steps, one for all of their bindings
+        self._bindings: dict[tuple[int, int, int, int], tuple[Any, list[np.ndarray], np.ndarray]] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
@@ -131,22 +134,28 @@ class OnnxSession:
         Returns the logits (n, V), float32, of each slot's last real token: a buffer that the next step overwrites.
         With `argmax`, only the ids (n,), int64, of the largest of them, -1 where logits are not finite.
         """
+        return self.step_rows(input_ids, cache_lengths, sequence_lengths, 1, argmax)[:, 0]
+
+    def step_rows(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, rows: int,
+        argmax: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """`step`, with the logits (n, R, V) of each slot's last R = `rows` real tokens, or their ids (n, R)."""
         count, length = input_ids.shape
         lengths = self.eviction.make_room(cache_lengths[:count], length, self._part)
-        found = last_rows(self._run(0, count, input_ids, lengths[0], sequence_lengths, *lengths[1:]), sequence_lengths)
+        found = self._run(0, count, rows, input_ids, lengths[0], sequence_lengths, *lengths[1:])
         return argmax_ids(found) if argmax else found
 
     def step_slot(
-        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False
+        self, slot: int, input_ids: np.ndarray, cache_lengths: np.ndarray, argmax: bool = False, rows: int = 1
     ) -> np.ndarray:
         """One chunk, input_ids (S,), for one slot and its part of the caches alone.
 
-        Returns the logits (S, V) of every id where the graph has them, else those of the last, (1, V); or the `argmax`
-        of the last, (1,), as `step`.
+        Returns the logits (R, V) of the last R = `rows` ids, or with `argmax` the ids (R,), as `step`.
         """
         lengths = self.eviction.make_room(cache_lengths[slot : slot + 1], input_ids.size, self._part, slot)
-        found = self._run(slot, slot + 1, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])[0]
-        return argmax_ids(found[-1:]) if argmax else found
+        found = self._run(slot, slot + 1, rows, input_ids[None], lengths[0], np.array([input_ids.size]), *lengths[1:])
+        return argmax_ids(found[0]) if argmax else found[0]
 
     @property
     def row_multiple(self) -> int:
@@ -185,41 +194,54 @@ class OnnxSession:
 
     def close(self) -> None:
         """Give all memory back; the session cannot be used again."""
-        self.session, self._bindings = None, {}
+        self.session, self._bindings, self._logits = None, {}, self._logits[:0].copy()
         self.memory, self.caches, self.batch, self.capacity, self.reserved = [], [], 0, 0, 0
         return_freed()
 
     def _part(self, slot: int, state: State) -> nullcontext[np.ndarray]:
         return nullcontext(self.caches[self.graph.states.index(state)][slot])
 
-    def _run(self, first: int, end: int, *values: np.ndarray) -> np.ndarray:
-        """The logits, (slots, rows, V), float32, of a step of the slots from `first` to `end`: a buffer."""
-        key = (values[0].shape[1], first, end)
+    def _run(self, first: int, end: int, rows: int, *values: np.ndarray) -> np.ndarray:
+        """The logits (slots, R, V), float32, of a step of the slots from `first` to `end`, R = `rows`: a buffer.
+
+        `values`: what the graph's inputs are but for `logits_index`, in their order.
+        """
+        key = (values[0].shape[1], first, end, rows)
         if key not in self._bindings:
-            # decode's bindings are kept beside that of the latest chunk
-            for other in [held for held in self._bindings if held[:2] != (1, 0)]:
+            # those of decode and of verification are kept beside that of the latest chunk
+            for other in [held for held in self._bindings if held[0] > SHORT or held[1] > 0]:
                 del self._bindings[other]
             self._bindings[key] = self._bind(*key)
         binding, inputs, logits = self._bindings[key]
-        for buffer, value in zip(inputs, values, strict=True):
+        for buffer, value in zip(inputs, values, strict=False):
             buffer[...] = value
+        if self.graph.indexed and key[0] > 1:  # of one token, it is the zero that the buffer holds
+            inputs[-1][...] = last_index(values[2], rows)
         try:
             with flushed_denormals():
                 self.session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
+        if self.graph.logits == "all":
+            logits = last_rows(logits, values[2], rows)
         return widened(logits, self.graph.dtype).astype(np.float32, copy=False)
 
-    def _bind(self, length: int, first: int, end: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
+    def _bind(self, length: int, first: int, end: int, rows: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
         """Buffers for steps of S = `length` tokens of the slots from `first` to `end`, bound once: inputs, logits."""
         binding = self.session.io_binding()
         batch, part = end - first, slice(first, end)
         names = self.graph.inputs
-        inputs = [np.zeros((batch, length) if name == "input_ids" else batch, np.int64) for name in names]
+        columns = {"input_ids": (length,), LOGITS_INDEX: (rows,)}
+        inputs = [np.zeros((batch, *columns.get(name, ())), np.int64) for name in names]
         for name, buffer in zip(names, inputs, strict=True):
             _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
-        rows = length if self.graph.logits == "all" else 1
-        logits = np.zeros((batch, rows, self.graph.logits_width), STORAGE[self.graph.dtype])
+        if self.graph.logits == "all":
+            rows = length
+        shape = batch, rows, self.graph.logits_width
+        if length <= SHORT and self._logits.size < prod(shape):
+            self._logits, self._bindings = np.zeros(prod(shape), STORAGE[self.graph.dtype]), {}
+        flat = self._logits if length <= SHORT else np.zeros(prod(shape), STORAGE[self.graph.dtype])
+        logits = flat[: prod(shape)].reshape(shape)
         _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
         for state, cache in zip(self.graph.states, self.caches, strict=True):
             _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])

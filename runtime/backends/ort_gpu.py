@@ -1,6 +1,6 @@
 """The portable graph on a GPU: ONNX Runtime's CUDA and TensorRT providers over buffers in the device's memory.
 
-B batch, S new tokens, C cache capacity.
+B batch, S new tokens, R rows of logits, C cache capacity.
 """
 
 import ctypes
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.artifact.manifest import ELEMENTS, Artifact, Graph
+from runtime.artifact.manifest import ELEMENTS, LOGITS_INDEX, Artifact, Graph
 from runtime.backends.arrays import STORAGE
 from runtime.backends.base import Options
 from runtime.backends.cuda import Device, start_driver
-from runtime.backends.gpu_session import GpuSession
+from runtime.backends.gpu_session import ROWS, GpuSession
 from runtime.backends.ort import MISSING, first_line, import_onnxruntime, open_session, session_options
 from runtime.errors import ArtifactError, RequestError
 
@@ -58,6 +58,8 @@ def provider_options(provider: str, graph: Graph, device: int = 0) -> list[tuple
         bounds = {}
         for name, batch, length in (("min", 1, 1), ("opt", 1, 1), ("max", graph.max_batch, _chunk(graph))):
             shapes: dict[str, tuple[int, ...]] = dict.fromkeys(graph.inputs, (batch,)) | {"input_ids": (batch, length)}
+            if graph.indexed:
+                shapes[LOGITS_INDEX] = batch, min(length, ROWS, graph.most_rows)
             shapes |= {state.input: state.sized(batch, graph.rows(graph.max_length)) for state in graph.states}
             bounds[f"trt_profile_{name}_shapes"] = ",".join(
                 f"{key}:{'x'.join(map(str, shape))}" for key, shape in shapes.items()
@@ -125,27 +127,28 @@ class OnnxGpuSession(GpuSession):
             raise ArtifactError(f"{path}: ONNX Runtime refuses it on {provider}: {first_line(error)}") from error
         if NAMES[provider] not in self.session.get_providers():
             raise RequestError(f"{provider}: ONNX Runtime fell back to {self.session.get_providers()[0]}")
-        self._bindings: dict[int, Any] = {}
+        self._bindings: dict[tuple[int, int], Any] = {}
 
-    def execute(self, length: int) -> None:
-        if length not in self._bindings:
-            # decode's binding is kept beside that of the latest chunk
-            self._bindings = {size: binding for size, binding in self._bindings.items() if size == 1}
-            self._bindings[length] = self._bind(length)
-        self.upload_inputs(length)
+    def execute(self, length: int, rows: int) -> None:
+        key = length, rows
+        if key not in self._bindings:
+            # those of decode and of verification are kept beside that of the latest chunk
+            self._bindings = {held: binding for held, binding in self._bindings.items() if held[0] <= ROWS}
+            self._bindings[key] = self._bind(*key)
+        self.upload_inputs(length, rows)
         self.device.synchronize()  # ONNX Runtime has a stream of its own, and waits for it before it returns
-        self.session.run_with_iobinding(self._bindings[length])
+        self.session.run_with_iobinding(self._bindings[key])
 
-    def _bind(self, length: int) -> Any:
+    def _bind(self, length: int, rows: int) -> Any:
         binding = self.session.io_binding()
 
         def bind(to: Any, name: str, dtype: str, shape: tuple[int, ...], address: int) -> None:
             to(name, "cuda", self.device.index, ELEMENTS[dtype], shape, address)
 
-        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
+        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length, rows), strict=True):
             bind(binding.bind_input, name, "int64", shape, address)
-        rows = length if self.graph.logits == "all" else 1
-        logits = (self.batch, rows, self.graph.logits_width)
+        given = length if self.graph.logits == "all" else rows
+        logits = (self.batch, given, self.graph.logits_width)
         bind(binding.bind_output, "logits", self.graph.dtype, logits, self.addresses["logits"])
         for state in self.graph.states:
             shape = state.sized(self.batch, self.graph.rows(self.capacity))

@@ -3,6 +3,7 @@
 B batch, S new tokens, C cache capacity.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from runtime.artifact.manifest import NEXT_IDS, Artifact
@@ -94,7 +95,9 @@ class TensorRTSession(GpuSession):
 
     def __init__(self, artifact: Artifact, engine: EngineFile, device: Device):
         chunk = max(profile.sequence[2] for profile in engine.profiles)
-        super().__init__(artifact, device, engine.max_batch, (engine.capacity,), chunk)
+        # an engine chooses the last token itself: no input of it names others
+        portable = replace(artifact, graph=replace(artifact.graph, indexed=False))
+        super().__init__(portable, device, engine.max_batch, (engine.capacity,), chunk)
         self.file, path = engine, artifact.path / engine.file
         self.trt: Any = import_builder(engine.builder)
         if not runs_on(engine, device.capability):
@@ -142,7 +145,7 @@ class TensorRTSession(GpuSession):
         ranges = "; ".join(f"{p.name}: {p.batch} slots, {p.sequence} tokens" for p in self.file.profiles)
         raise RequestError(f"no profile takes {self.batch} slots of {length} tokens; the engine has {ranges}")
 
-    def execute(self, length: int) -> None:
+    def execute(self, length: int, rows: int) -> None:
         index = self.profile(length)
         context = self.contexts[index]
         if self._bound.get(index) != length:
@@ -169,7 +172,7 @@ class TensorRTSession(GpuSession):
 
     def _bind(self, context: Any, length: int) -> None:
         """Set the shape and address of everything that a step of S = `length` tokens reads and writes."""
-        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length), strict=True):
+        for name, (shape, address) in zip(self.graph.inputs, self.input_bindings(length, 1), strict=True):
             self._set(context, name, address, shape)
         for state in self.graph.states:
             shape = state.sized(self.batch, self.graph.rows(self.capacity))
@@ -185,7 +188,7 @@ class TensorRTSession(GpuSession):
             raise RequestError(f"{self.file.builder} refuses the buffer of {name}: {self._said()}")
 
     def _enqueue(self, context: Any, length: int) -> None:
-        self.upload_inputs(length)
+        self.upload_inputs(length, 1)
         if not context.execute_async_v3(self.device.stream):
             raise RequestError(f"{self.file.builder} failed to run a step: {self._said()}")
         for state in self.copied:  # its output is a buffer of its own; the next step reads the input's

@@ -32,8 +32,8 @@ class Scorer(Protocol):
 class EngineScorer:
     """An engine, which is reset for each window.
 
-    A graph with the logits of every token (`wm-export onnx --logits all`) gives them a piece at a time, another one
-    token by token. Raises `RequestError` for a classifier.
+    A session that gives the logits of several tokens at once reads a piece of them at a time, another one token by
+    token. Raises `RequestError` for a classifier.
     """
 
     def __init__(self, engine: Engine):
@@ -57,13 +57,13 @@ class EngineScorer:
     def _read(self, ids: np.ndarray, lengths: np.ndarray, wanted: int) -> np.ndarray:
         """Append ids to the slot; the logits (wanted, V) of all of them, or of none."""
         engine, done, found = self.engine, 0, []
-        single = wanted and engine.graph.logits == "last"
+        most = min(engine.session.chunk, engine.session.most_rows) if wanted else engine.session.chunk
         with engine.in_use:
             while done < ids.size:
-                piece = ids[done : done + (1 if single else engine.session.chunk)]
+                piece = ids[done : done + most]
                 if lengths[0] + piece.size > engine.session.capacity:
                     engine.session.grow(engine.bucket(int(lengths[0]) + piece.size))
-                rows = engine.session.step_slot(0, piece, lengths, argmax=not wanted)
+                rows = engine.session.step_slot(0, piece, lengths, not wanted, piece.size if wanted else 1)
                 lengths[0] += piece.size
                 done += piece.size
                 if wanted:

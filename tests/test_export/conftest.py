@@ -74,8 +74,9 @@ def lowered(
     graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
     contract = Graph(
-        file=GRAPH, cpu_file=CPU_GRAPH if dtype == "bf16" else GRAPH, dtype=name, quantization="none", logits="last",
-        vocabulary=config["vocab_size"], capacities=tuple(capacities(max_length)), states=(), labels=labels, **bounds,
+        file=GRAPH, cpu_file=CPU_GRAPH if dtype == "bf16" else GRAPH, dtype=name, quantization="none",
+        logits="last", indexed=True, vocabulary=config["vocab_size"], capacities=tuple(capacities(max_length)),
+        states=(), labels=labels, **bounds,
     )  # fmt: skip
     write_manifest(directory, describe(graph, config, parameters, contract), verified=True)
     return read_artifact(directory)
