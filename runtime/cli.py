@@ -26,6 +26,7 @@ from runtime.evaluation.tasks import evaluate as evaluate_tasks
 from runtime.options import option
 from runtime.prompts import read_prompts
 from runtime.serve.options import ServeOptions, missing_packages
+from runtime.speculation.options import GUESSES, METHODS
 from runtime.terminal import ChatOptions, talk
 from runtime.text.labels import label_scores
 from runtime.text.sampling import Sampling
@@ -46,6 +47,29 @@ class LoadOptions:
 
     def load(self, directory: Path) -> Engine:
         return load(directory, **asdict(self))
+
+
+@dataclass(frozen=True)
+class SpeculateOptions:
+    """How to guess ahead: the arguments of `Engine.speculate`."""
+
+    speculate: str | None = option(
+        None, f"Guess tokens ahead and check several a step, for the same answer: {', '.join(METHODS)}."
+    )
+    draft: Path | None = option(None, "Guess with this artifact, a smaller model over the same tokenizer.")
+    guesses: int = option(GUESSES, "Most tokens that are guessed for one step.")
+
+    def __post_init__(self) -> None:
+        if self.speculate is not None and self.draft is not None:
+            raise RequestError("expected one of --speculate and --draft")
+
+    def load(self, directory: Path, how: LoadOptions) -> Engine:
+        """Load an artifact, and its draft, if there is one, in the same way."""
+        engine = how.load(directory)
+        by = self.speculate if self.draft is None else how.load(self.draft)
+        if by is not None:
+            engine.speculate(by, self.guesses)
+        return engine
 
 
 @dataclass(frozen=True)
@@ -99,9 +123,11 @@ def wm_run(version: Version = False) -> None:
 
 
 @command(app, no_args_is_help=True)
-def generate(directory: Directory, options: GenerateOptions, sampling: Sampling, how: LoadOptions) -> None:
+def generate(
+    directory: Directory, options: GenerateOptions, sampling: Sampling, ahead: SpeculateOptions, how: LoadOptions
+) -> None:
     """Continue a prompt, whose text streams as it comes, or a file of them."""
-    engine = how.load(directory)
+    engine = ahead.load(directory, how)
     engine.check_task(classifies=False)
     if options.prompts is not None:
         _generate_file(engine, options, sampling)
@@ -137,13 +163,15 @@ def classify(directory: Directory, options: ClassifyOptions, how: LoadOptions) -
 
 
 @command(app, no_args_is_help=True)
-def chat(directory: Directory, options: ChatOptions, sampling: Sampling, how: LoadOptions) -> None:
+def chat(
+    directory: Directory, options: ChatOptions, sampling: Sampling, ahead: SpeculateOptions, how: LoadOptions
+) -> None:
     """Talk with a model in the terminal, by its checkpoint's chat template."""
-    talk(how.load(directory), options, sampling)
+    talk(ahead.load(directory, how), options, sampling)
 
 
 @command(app, no_args_is_help=True)
-def serve(directory: Directory, options: ServeOptions, how: LoadOptions) -> None:
+def serve(directory: Directory, options: ServeOptions, ahead: SpeculateOptions, how: LoadOptions) -> None:
     """Serve a model over HTTP, to clients of the OpenAI API and at a page of its own."""
     if missing := missing_packages():
         raise RequestError(f"not installed: {', '.join(missing)}; install with pip install 'wm-models[serve]'")
@@ -151,7 +179,7 @@ def serve(directory: Directory, options: ServeOptions, how: LoadOptions) -> None
     from runtime.serve.server import bind, serve
 
     listening = bind(options)
-    application = create_app(how.load(directory), options)
+    application = create_app(ahead.load(directory, how), options)
     host, port = listening.getsockname()[:2]
     print(
         f"serving {application.state.service.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True
@@ -183,8 +211,8 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts texts: bits a byte, and how far it is from another artifact.
 
-    An artifact exported with --logits all is read 128 tokens at a time, another one token by token. To compare with a
-    checkpoint: wm-export perplexity.
+    A text is read 128 tokens at a time, or token by token where the artifact gives the logits of one token a step. To
+    compare with a checkpoint: wm-export perplexity.
     """
     options.check(against is not None)
     if against is not None and not (against / MANIFEST).is_file():

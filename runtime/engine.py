@@ -270,8 +270,7 @@ class Engine(Slots):
     def score(self, ids: Sequence[int]) -> np.ndarray:
         """The logprob of each of `ids` after those before it, without the first: (S - 1,), float64.
 
-        An artifact that gives the logits of one token a step, as those of before `logits_index`, is read token by
-        token. Raises `RequestError`.
+        An artifact that gives the logits of one token a step is read token by token. Raises `RequestError`.
         """
         (event,) = self.events(Request(ids, 0, prompt_logprobs=1, text=False))
         return np.array([each.logprob for each in event.prompt_logprobs or () if each is not None])

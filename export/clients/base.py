@@ -28,7 +28,10 @@ class ClientSession:
     def shrink(self, capacity: int) -> None:
         """Nothing to do, as in `grow`."""
 
-    def step_rows(self, *_: Any) -> NoReturn:
+    def step_rows(
+        self, input_ids: np.ndarray, cache_lengths: np.ndarray, sequence_lengths: np.ndarray, rows: int,
+        argmax: bool = False,
+    ) -> NoReturn:  # fmt: skip
         """Raises `ArtifactError`: a client gives the logits of the last token alone."""
         raise ArtifactError("a client gives the logits of the last token alone")
 

@@ -1,8 +1,8 @@
 """An artifact as a model of lm-evaluation-harness (the package lm-eval): its tasks measure the deployed engine.
 
 Requests go through the scheduler, as many at a time as it has slots. A context is computed in chunks, and the whole
-chunks with which several contexts begin are computed once. Logprobs of given text need the logits of every token: an
-artifact that was exported with `--logits all` gives them a chunk at a time, another one token by token.
+chunks with which several contexts begin are computed once. Logprobs of given text need the logits of every token, which
+come a chunk at a time, or token by token from an artifact that gives the logits of one token a step.
 """
 
 from collections.abc import Iterator

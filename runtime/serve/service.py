@@ -179,5 +179,8 @@ class Service:
         watch("wm_slots", "Slots of the engine.", lambda: self.slots)
         watch("wm_pending_sequences", "Sequences under way or waiting.", lambda: self.worker.count)
         if scheduler is not None:
+            counters = scheduler.counters
+            watch("wm_proposed_tokens", "Tokens that were guessed ahead.", lambda: counters.proposed)
+            watch("wm_accepted_tokens", "Guessed tokens that were right.", lambda: counters.accepted)
             watch("wm_slots_in_use", "Slots that hold a sequence.", lambda: scheduler.running)
             watch("wm_queue", "Sequences without a slot.", lambda: max(0, self.worker.count - scheduler.running))

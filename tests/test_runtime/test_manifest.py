@@ -41,6 +41,9 @@ def test_what_is_written_is_what_was_read():
     found = read(lambda values: values.update(engines=engines, notes={"of": "somebody"}))
     assert found.sections == {"engines": engines, "notes": {"of": "somebody"}}
     assert parse_manifest(manifest_json(found), Path("manifest.json")) == found
+    indexed = read(lambda values: values["graph"].update(indexed=True))
+    assert indexed.graph.inputs[-1] == "logits_index"
+    assert parse_manifest(manifest_json(indexed), Path("manifest.json")) == indexed
 
 
 def test_what_would_not_be_read_is_not_written():
@@ -49,6 +52,8 @@ def test_what_would_not_be_read_is_not_written():
         manifest_json(replace(manifest, graph=replace(manifest.graph, max_batch=0)))
     with pytest.raises(ValueError, match=r"capacities are \(64, 32\); expected rising sizes up to 192"):
         replace(manifest.graph, capacities=(64, 32))
+    with pytest.raises(ValueError, match="indexed is true and logits 'all'; expected last"):
+        replace(manifest.graph, logits="all", indexed=True)
     with pytest.raises(ValueError, match="keep is 8; expected 1 to 7"):
         Window(8, 8)
     with pytest.raises(ValueError, match="dtype is 'int8'; expected one of float32, float16, bfloat16"):
