@@ -264,7 +264,7 @@ PARTS: dict[str, Any] = {"model": Model, "graph": Graph, "verified": bool}
 def manifest_json(manifest: Manifest) -> bytes:
     """The text of manifest.json. Raises `ArtifactError` where `parse_manifest` would refuse it."""
     values = asdict(manifest)
-    graph = {name: value for name, value in values["graph"].items() if value not in (None, False)}
+    graph = {name: value for name, value in values["graph"].items() if value is not None and value is not False}
     values |= {"graph": graph, **values.pop("sections")}
     order = ("schema", "producer", "model", "graph", *manifest.sections, "files", "verified")
     text = (json.dumps({name: values[name] for name in order}, indent=2) + "\n").encode()

@@ -130,6 +130,6 @@ def test_the_tensorrt_providers_profile(engine):
         "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider",
     ]  # fmt: skip
     assert options["trt_profile_min_shapes"].startswith(
-        "input_ids:1x1,cache_lengths:1,sequence_lengths:1,layers.0.key:1x2x400x16"
+        "input_ids:1x1,cache_lengths:1,sequence_lengths:1,logits_index:1x1,layers.0.key:1x2x400x16"
     )
     assert options["trt_profile_max_shapes"].startswith("input_ids:3x400,cache_lengths:3")
