@@ -7,10 +7,11 @@ long as it holds, so text that is repeated is guessed from one place.
 from collections.abc import Sequence as Ids
 
 from runtime.scheduling.sequence import Sequence
-from runtime.speculation.record import Record
+from runtime.speculation.record import FIRST_RATE, Record
 
 LONGEST = 3  # tokens by which an earlier place is looked up
-CLASSES = 8  # matches of so many tokens and more have one record
+CLASSES = 5  # matches of so many tokens and more have one record
+FIRST_RATES = {1: 0.3, 2: 0.5}  # of short matches, before their guesses were checked
 
 
 class Match:
@@ -64,7 +65,10 @@ class NgramProposer:
         if not match.length:
             return None
         records = self._records.setdefault(sequence.number, {})
-        return records.setdefault(min(match.length, CLASSES), Record())
+        size = min(match.length, CLASSES)
+        if size not in records:
+            records[size] = Record(FIRST_RATES.get(size, FIRST_RATE))
+        return records[size]
 
     def limit(self, sequence: Sequence) -> int | None:
         """The most guesses; None for no limit."""

@@ -5,21 +5,29 @@ B slots of a step, k guesses of a slot.
 
 from collections.abc import Sequence
 
-ROW_COST = 0.3  # what a further token of a step costs on a CPU, measured, in steps of one token; see `step_cost`
+# What a step of several tokens costs more than one of a single token, and each further token, in steps of one token:
+# measured with doge-3m on a CPU; see `step_cost`.
+CHECK_COST, ROW_COST = 0.25, 0.3
+MARGIN = 1.05  # how many times as many tokens for the cost guesses must promise
 MEMORY = 0.95  # the weight that a guess keeps once another one has been checked
-FIRST_RATE, FIRST_WEIGHT = 0.5, 1.0  # what is assumed before anything was checked, and the guesses that it counts for
+FIRST_RATE, FIRST_WEIGHT = 0.7, 1.0  # what is assumed before anything was checked, and the guesses that it counts for
 
 
 class Record:
-    """The share of right guesses among those that were checked, the latest counting most."""
+    """The share of right guesses among those that were checked, the latest counting most; `first` before any was."""
 
-    def __init__(self) -> None:
-        self._right, self._checked = FIRST_RATE * FIRST_WEIGHT, FIRST_WEIGHT
+    def __init__(self, first: float = FIRST_RATE) -> None:
+        self._right, self._checked = first * FIRST_WEIGHT, FIRST_WEIGHT
 
     @property
     def rate(self) -> float:
         """The probability that the next guess is right, where those before it were."""
         return self._right / self._checked
+
+    @property
+    def most(self) -> int:
+        """The most guesses in a row that so little experience supports: two at first, twice as many as were checked."""
+        return int(2 * self._checked)
 
     def note(self, guesses: int, right: int) -> None:
         """Of so many guesses in a row the first `right` were right; what followed a wrong one was not checked."""
@@ -35,7 +43,8 @@ def expected_tokens(rate: float, guesses: int) -> float:
 
 def step_cost(slots: int, guesses: int, guess_cost: float) -> float:
     """What a step with so many guesses a slot costs, in steps of one slot with one token."""
-    return 1.0 + ROW_COST * (slots * (guesses + 1) - 1) + guess_cost * guesses
+    rows = ROW_COST * (slots * (guesses + 1) - 1)
+    return 1.0 + rows + (CHECK_COST + guess_cost * guesses if guesses else 0.0)
 
 
 def best_guesses(rates: Sequence[float], limits: Sequence[int], others: int, slots: int, guess_cost: float) -> int:
@@ -44,7 +53,7 @@ def best_guesses(rates: Sequence[float], limits: Sequence[int], others: int, slo
     `rates`: of the sequences that have guesses. `others`: sequences that have none. `slots`: B. `guess_cost`: what
     making a guess of each sequence costs, in steps.
     """
-    best, most = 0, (len(rates) + others) / step_cost(slots, 0, guess_cost)
+    best, most = 0, MARGIN * (len(rates) + others) / step_cost(slots, 0, guess_cost)
     for guesses in range(1, max(limits, default=0) + 1):
         tokens = others + sum(
             expected_tokens(rate, min(guesses, limit)) for rate, limit in zip(rates, limits, strict=True)

@@ -51,6 +51,7 @@ class Speculator:
             record = self.proposer.record(sequence) if limit > 0 else None
             if record is not None:
                 most = self.proposer.limit(sequence)
+                limit = min(limit, record.most)
                 wanted.append((sequence, limit if most is None else min(limit, most)))
                 records.append(record)
         cost = self.proposer.cost

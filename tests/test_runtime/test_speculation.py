@@ -384,6 +384,7 @@ def p_value(ids, expected):
 
 def draw(engine, sampling, patch):
     patch.setattr(record, "ROW_COST", 0.0)  # guesses at every token
+    patch.setattr(record, "CHECK_COST", 0.0)
     engine.speculate("ngram")
     scheduler = Scheduler(engine, 1)
     (events,) = collect(scheduler, [Request([0], DRAWS, sampling, text=False)])
@@ -493,14 +494,17 @@ def test_a_match_is_followed(ids, count):
 
 def test_a_record_follows_what_was_right():
     known = Record()
-    assert known.rate == 0.5
+    assert known.rate == record.FIRST_RATE
+    assert Record(0.3).rate == 0.3
+    assert Record().most == 2
     for _ in range(30):
         known.note(4, 4)
     assert known.rate > 0.9
+    assert known.most > 20
     for _ in range(30):
         known.note(4, 0)  # one that was wrong, and three that nothing is known of
     assert 0.1 < known.rate < 0.35
-    certain = Record()
+    certain = Record(0.5)
     certain.note(8, 3)
     weights = 0.95 ** np.arange(5)[::-1]  # what was assumed, three right guesses, and a wrong one
     assert certain.rate == pytest.approx((0.5 * weights[0] + weights[1:4].sum()) / weights.sum())
@@ -511,7 +515,8 @@ def test_guesses_are_worth_their_cost():
     assert expected_tokens(0.5, 2) == 1.75
     assert best_guesses([0.1], [8], 0, 1, 0.0) == 0
     assert best_guesses([0.99], [8], 0, 1, 0.0) == 8
-    assert 0 < best_guesses([0.6], [8], 0, 1, 0.0) < 4
+    assert 0 < best_guesses([0.7], [8], 0, 1, 0.0) < 5
+    assert best_guesses([0.5], [8], 0, 1, 0.0) == 0
     assert best_guesses([0.6], [8], 7, 8, 0.0) == 0  # seven others would wait for the guesses of one
     assert best_guesses([0.95] * 8, [8] * 8, 0, 8, 0.0) > 0
     assert best_guesses([0.9], [8], 0, 1, 2.0) == 0  # a draft that is slower than the model
