@@ -15,7 +15,7 @@ from export.reporting.plots import comparisons_plot, parts_plot, share_of_limit
 from export.reporting.weights import stored_weights, totals
 from export.verification.comparison import Comparison, kl_limit
 from export.verification.record import REPORT, VERIFICATION, Origin
-from runtime.artifact.manifest import MANIFEST, Manifest
+from runtime.artifact.manifest import LOGITS_INDEX, MANIFEST, Manifest
 from runtime.artifact.signature import SIGNATURE
 
 TEMPLATE = "report.html.jinja"
@@ -62,6 +62,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
     """What a user of the graph needs to know."""
     graph, config = manifest.graph, manifest.model.config
     window = "none" if graph.window is None else f"{graph.window.keep} keys"
+    chosen = f"the tokens that {LOGITS_INDEX} names" if graph.indexed else "the last token"
     facts = [
         ("parameters", f"{manifest.model.parameters:,}"),
         ("layers", config.get("num_hidden_layers")),
@@ -71,7 +72,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("quantisation", graph.quantization),
         ("most tokens of a slot", graph.max_length),
         ("most slots", graph.max_batch),
-        ("logits of", "each token" if graph.logits == "all" else "the last token"),
+        ("logits of", "each token" if graph.logits == "all" else chosen),
         ("keep window", window),
         ("opset", graph.opset),
     ]

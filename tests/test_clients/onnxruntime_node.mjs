@@ -18,6 +18,7 @@ while (found.length < steps) {
     input_ids: int64(chunk, [1, chunk.length]),
     cache_lengths: int64([length], [1]),
     sequence_lengths: int64([chunk.length], [1]),
+    logits_index: int64([chunk.length - 1], [1, 1]),
     ...caches,
   });
   for (const [name, output] of states) caches[name] = outputs[output];

@@ -17,6 +17,7 @@ from test_export.conftest import VARIANTS, save_checkpoint
 from export import OnnxOptions, export_onnx
 from export.targets.onnx_artifact import FIXED
 from runtime import Engine, load
+from runtime.artifact.manifest import LOGITS_INDEX
 from test_clients.conftest import greedy, needs_npm, run_node
 
 IDS, STEPS = [5, 9, 17, 3, 120, 44, 8], 4
@@ -50,7 +51,8 @@ def feed(engine: Engine, ids: list[int], capacity: int = 32) -> dict[str, np.nda
     graph = engine.graph
     states = {state.input: np.zeros(state.sized(1, capacity), state.dtype) for state in graph.states}
     lengths = {name: np.zeros(1, np.int64) for name in graph.inputs[1:]}
-    return {"input_ids": np.array([ids]), **lengths, "sequence_lengths": np.array([len(ids)]), **states}
+    lengths |= {"sequence_lengths": np.array([len(ids)]), LOGITS_INDEX: np.array([[len(ids) - 1]])}
+    return {"input_ids": np.array([ids]), **lengths, **states}
 
 
 @pytest.mark.slow
