@@ -24,6 +24,7 @@ from runtime.host.memory import returned_memory
 from runtime.ids import as_integer, as_integers
 from runtime.scheduler import Event, Request, Scheduler
 from runtime.slots import Slots
+from runtime.speculation.costs import measure
 from runtime.speculation.options import GUESSES, METHODS, Speculation, check_draft, check_target
 from runtime.text.chat import ChatTemplate, Message, encode_chat, load_chat_template
 from runtime.text.constraint import Constraints, Grammar, json_schema
@@ -120,7 +121,8 @@ class Engine(Slots):
 
         `by`: "ngram", what followed the last tokens when they occurred before; the engine of a smaller model over the
         same tokenizer, which nothing else uses meanwhile and the caller closes; or None for no guesses. `guesses`: the
-        most of a sequence in one step; fewer are made where they are often wrong. See `runtime.speculation`.
+        most of a sequence in one step; fewer are made where they are often wrong. Times some steps, and empties the
+        slots. See `runtime.speculation`.
 
         Raises `RequestError` where the artifact or the draft does not allow it.
         """
@@ -133,9 +135,9 @@ class Engine(Slots):
         if isinstance(by, Engine):
             check_draft(self.artifact, by.artifact)
             check_same_tokens(self.tokenizer, by.tokenizer, by.artifact)
-            self.speculation = Speculation(by, guesses, by.artifact.parameters / self.artifact.parameters)
+            self.speculation = Speculation(measure(self, by), by, guesses)
         elif by in METHODS:
-            self.speculation = Speculation(None, guesses)
+            self.speculation = Speculation(measure(self), None, guesses)
         else:
             raise RequestError(f"speculation is by {by!r}; expected {', '.join(METHODS)} or an engine")
 

@@ -18,11 +18,11 @@ class DraftProposer:
     """Guesses of sequences by the argmax of a draft model, one step a guess.
 
     `draft`: its slots, which nothing else uses meanwhile; where something has, all is read again. `slots`: sequences at
-    once. `cost`: of a guess, in steps of the model that is guessed for.
+    once.
     """
 
-    def __init__(self, draft: Slots, slots: int, cost: float):
-        self.draft, self.slots, self.cost = draft, slots, cost
+    def __init__(self, draft: Slots, slots: int):
+        self.draft, self.slots = draft, slots
         self._held: object = None
         self._lengths = np.zeros(0, np.int64)
         self._read: dict[int, tuple[int, list[int]]] = {}  # by a sequence's number: its slot, and the ids in its caches

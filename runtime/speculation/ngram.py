@@ -52,8 +52,6 @@ class Match:
 class NgramProposer:
     """Guesses of sequences by their own tokens. Records are kept by the length of the match."""
 
-    cost = 0.0
-
     def __init__(self) -> None:
         self._matches: dict[int, Match] = {}
         self._records: dict[int, dict[int, Record]] = {}

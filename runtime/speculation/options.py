@@ -6,6 +6,7 @@ from runtime.artifact.manifest import Artifact
 from runtime.backends.base import Session
 from runtime.errors import RequestError
 from runtime.slots import Slots
+from runtime.speculation.costs import Costs
 from runtime.speculation.draft import DraftProposer
 from runtime.speculation.ngram import NgramProposer
 from runtime.speculation.speculator import Speculator
@@ -18,21 +19,21 @@ GUESSES = 8
 class Speculation:
     """How an engine guesses ahead: by n-grams, or by a `draft` model.
 
-    `guesses`: the most of a sequence in one step. `cost`: of one of a draft's, in steps of the model.
+    `costs`: of the steps that check guesses. `guesses`: the most of a sequence in one step.
     """
 
+    costs: Costs
     draft: Slots | None = None
     guesses: int = GUESSES
-    cost: float = 0.0
 
     def start(self, slots: int) -> Speculator:
         """Guesses for one scheduler of so many slots. Raises `RequestError` where the draft has not as many."""
         if self.draft is None:
-            return Speculator(NgramProposer(), self.guesses)
+            return Speculator(NgramProposer(), self.guesses, self.costs)
         most = self.draft.graph.max_batch
         if slots > most:
             raise RequestError(f"the draft serves up to {most} slots, and {slots} are asked for; take fewer slots")
-        return Speculator(DraftProposer(self.draft, slots, self.cost), self.guesses)
+        return Speculator(DraftProposer(self.draft, slots), self.guesses, self.costs)
 
 
 def check_target(artifact: Artifact, session: Session) -> None:

@@ -1,17 +1,21 @@
-"""Which guesses a step checks, for the sequences of one scheduler."""
+"""Which guesses a step checks, for the sequences of one scheduler.
 
+B slots of a step, k guesses of a slot.
+"""
+
+from collections.abc import Sequence as Values
 from typing import Protocol
 
 from runtime.scheduling.sequence import Sequence
-from runtime.speculation.record import Record, best_guesses, step_cost
+from runtime.speculation.costs import Costs
+from runtime.speculation.record import Record
 
 TRIALS = 0.02  # of all steps' cost, what guesses may cost that are not expected to pay
+MARGIN = 1.05  # how many times as many tokens for the cost guesses must promise
 
 
 class Proposer(Protocol):
-    """Guesses how sequences go on. `cost`: what a guess costs, in steps of the model."""
-
-    cost: float
+    """Guesses how sequences go on."""
 
     def record(self, sequence: Sequence) -> Record | None:
         """How good guesses like those that would come now have been; None where there is none."""
@@ -37,8 +41,8 @@ class Speculator:
     the steps. `guesses`: the most of a sequence in one step.
     """
 
-    def __init__(self, proposer: Proposer, guesses: int):
-        self.proposer, self.guesses = proposer, guesses
+    def __init__(self, proposer: Proposer, guesses: int, costs: Costs):
+        self.proposer, self.guesses, self.costs = proposer, guesses, costs
         self._records: dict[int, Record] = {}  # of the guesses that are being checked
         self._spent = self._tried = 0.0
 
@@ -54,12 +58,11 @@ class Speculator:
                 limit = min(limit, record.most)
                 wanted.append((sequence, limit if most is None else min(limit, most)))
                 records.append(record)
-        cost = self.proposer.cost
-        count, once = 0, step_cost(slots, 0, cost)
+        count, once = 0, self.costs.of(slots, 0)
         if wanted:
             rates, limits = [record.rate for record in records], [limit for _, limit in wanted]
-            count = best_guesses(rates, limits, len(sequences) - len(wanted), slots, cost)
-            more = step_cost(slots, 1, cost) - once
+            count = best_guesses(rates, limits, len(sequences) - len(wanted), slots, self.costs)
+            more = self.costs.of(slots, 1) - once
             if not count and self._tried + more <= TRIALS * self._spent:
                 self._tried += more
                 count = 1
@@ -80,3 +83,24 @@ class Speculator:
     def forget(self, number: int) -> None:
         """The sequence of this number has ended."""
         self.proposer.forget(number)
+
+
+def expected_tokens(rate: float, guesses: int) -> float:
+    """The tokens that a step brings: the right guesses before the first wrong one, and the model's own next token."""
+    return guesses + 1.0 if rate >= 1.0 else (1.0 - rate ** (guesses + 1)) / (1.0 - rate)
+
+
+def best_guesses(rates: Values[float], limits: Values[int], others: int, slots: int, costs: Costs) -> int:
+    """How many guesses k of each sequence, at most its limit, bring most tokens for a step's cost; 0 for none.
+
+    `rates`: of the sequences that have guesses. `others`: sequences that have none. `slots`: B.
+    """
+    best, most = 0, MARGIN * (len(rates) + others) / costs.of(slots, 0)
+    for guesses in range(1, max(limits, default=0) + 1):
+        tokens = others + sum(
+            expected_tokens(rate, min(guesses, limit)) for rate, limit in zip(rates, limits, strict=True)
+        )
+        gain = tokens / costs.of(slots, guesses)
+        if gain > most:
+            best, most = guesses, gain
+    return best

@@ -9,28 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 from conftest import SMALL as SIZES
 from conftest import ours, randomise, rival
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_export.conftest import HYBRID, lowered, save_checkpoint
 
 from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
-from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import Window
 from runtime.engine import Engine
 from runtime.scheduler import Request, Scheduler
-from runtime.speculation import record
-from runtime.speculation.ngram import LONGEST, Match, NgramProposer
-from runtime.speculation.record import Record, best_guesses, expected_tokens
+from runtime.speculation.costs import Costs, measure
+from runtime.speculation.options import GUESSES
+from runtime.speculation.record import Record
 from runtime.speculation.speculator import TRIALS, Speculator
-from runtime.text.sampling import Sampler, Sampling
+from runtime.text.sampling import Sampling
 from wm_models import CheemsConfig, CheemsForCausalLM
 
 EARLIER = Path(__file__).parents[1] / "data" / "artifact-schema-1"  # a graph without `logits_index`
 LENGTH = 192
+CHEAP = Costs((1.0, 1.05))  # a further token of a step costs a twentieth of one alone
+DEAR = Costs((1.0, 1.3))
 ROUNDING = 1e-3  # of logits of these models, between steps of one token and of several; int8 rounds activations
 
 OPTIONS = {"int8": {"quantize": "int8", "block_size": 16}, "all logits": {"logits": "all"}}
@@ -101,10 +99,15 @@ def check_same(engine, request, found, expected):
     return False
 
 
+def speculate(engine, by="ngram", guesses=GUESSES, costs=CHEAP):
+    """`Engine.speculate`, with costs of steps that do not depend on the machine."""
+    engine.speculate(by, guesses)
+    if by is not None:
+        engine.speculation = replace(engine.speculation, costs=costs)
+
+
 class Guesses:
     """A proposer whose guesses are what `make(ids, count)` says."""
-
-    cost = 0.0
 
     def __init__(self, make):
         self.make, self.made = make, Record()
@@ -129,7 +132,7 @@ def test_greedy_ids_are_the_ordinary_ones(engine, engines, by, record_property):
     requests = [Request(repetitive(size, size), new) for size, new in ((40, 60), (9, 30), (120, 73), (23, 50), (1, 40))]
     engine.speculate(None)
     expected = [tokens(events) for events in collect(Scheduler(engine, 3, chunk=16), requests)]
-    engine.speculate(engines("dense") if by == "draft" else "ngram", 5)
+    speculate(engine, engines("dense") if by == "draft" else "ngram", 5)
     scheduler = Scheduler(engine, 3, chunk=16)
     known = {tuple(r.ids[:5]): [*r.ids, *ids] for r, ids in zip(requests, expected, strict=True)}
 
@@ -140,7 +143,7 @@ def test_greedy_ids_are_the_ordinary_ones(engine, engines, by, record_property):
         return [*right[: min(2, count)], *([7] * count)][:count]
 
     if by in ("wrong", "first right"):
-        scheduler._speculator = Speculator(Guesses(make), 5)
+        scheduler._speculator = Speculator(Guesses(make), 5, CHEAP)
     found = [tokens(events) for events in collect(scheduler, requests)]
     ties = [check_same(engine, *each) for each in zip(requests, found, expected, strict=True)]
     record_property("ties", sum(ties))
@@ -163,10 +166,8 @@ def test_a_draft_that_is_the_model_is_always_right(engines, name):
     """So its caches hold what they should after every roll back; one draft of other weights is seldom right."""
     engine, draft = engines(name), engines(name)
     ids = np.random.default_rng(3).integers(3, 200, 50).tolist()
-    engine.speculate(draft, 4)
+    speculate(engine, draft, 4)
     scheduler = Scheduler(engine, 2, chunk=16)
-    assert scheduler._speculator is not None
-    scheduler._speculator.proposer.cost = 0.01
     requests = [Request(ids, 60), Request(ids[:7], 90)]
     found = collect(scheduler, requests)
     assert scheduler.counters.accepted > 60
@@ -178,7 +179,7 @@ def test_a_draft_that_is_the_model_is_always_right(engines, name):
 
 def test_a_draft_that_others_use_meanwhile_reads_again(engines):
     engine, draft = engines("dense"), engines("dense")
-    engine.speculate(draft, 4)
+    speculate(engine, draft, 4)
     found = []
     for token in engine.stream_ids(repetitive(30), 60):
         found.append(token)
@@ -195,7 +196,7 @@ def test_slots_that_fill_up(engines, name):
     requests = [Request(repetitive(size, size), 500) for size in (LENGTH - 3, LENGTH - 40, 100, LENGTH, LENGTH - 11)]
     engine.speculate(None)
     expected = [tokens(events) for events in collect(Scheduler(engine, 3, chunk=16), requests)]
-    engine.speculate("ngram", 12)
+    speculate(engine, "ngram", 12)
     found = [tokens(events) for events in collect(Scheduler(engine, 3, chunk=16), requests)]
     assert [len(ids) for ids in found] == [len(ids) for ids in expected]
     for request, *ids in zip(requests, found, expected, strict=True):
@@ -204,16 +205,16 @@ def test_slots_that_fill_up(engines, name):
 
 def test_a_text_that_repeats_takes_few_steps(engines):
     engine = engines("dense")
-    engine.speculate("ngram")
+    speculate(engine)
     scheduler = Scheduler(engine, 1)
-    scheduler._speculator = Speculator(Guesses(lambda ids, count: [0] * 0), 8)
+    scheduler._speculator = Speculator(Guesses(lambda ids, count: [0] * 0), 8, CHEAP)
     scheduler.begin(Request(repetitive(40), 100))
     list(scheduler.run())
     plain = scheduler.counters.steps
     known = engine.generate_ids(repetitive(40), 100)
     scheduler = Scheduler(engine, 1)
     right = [*repetitive(40), *known]
-    scheduler._speculator = Speculator(Guesses(lambda ids, count: right[len(ids) : len(ids) + count]), 8)
+    scheduler._speculator = Speculator(Guesses(lambda ids, count: right[len(ids) : len(ids) + count]), 8, CHEAP)
     scheduler.begin(Request(repetitive(40), 100))
     list(scheduler.run())
     assert plain == 99
@@ -257,7 +258,7 @@ def test_requests_get_what_they_ask_for(engines, asked):
     request = Request(**{"ids": repetitive(60), "max_new_tokens": 40, **asked})
     seen = []
     for by in (None, "ngram"):
-        engine.speculate(by)
+        speculate(engine, by)
         (events,) = collect(Scheduler(engine, 3, chunk=16), [request])
         seen.append(events)
     plain, guessed = seen
@@ -276,7 +277,7 @@ def test_a_constraint_sees_what_was_chosen_and_nothing_else(engines):
     found = []
     for by in (None, "ngram"):
         engine, constraint = engines("dense"), Even()
-        engine.speculate(by)
+        speculate(engine, by)
         (events,) = collect(Scheduler(engine, 1), [Request(repetitive(60), 40, stop_ids=(2,), constraint=constraint)])
         found.append((tokens(events), constraint.taken, events[-1].finish_reason))
     assert found[0] == found[1]
@@ -286,7 +287,7 @@ def test_a_constraint_sees_what_was_chosen_and_nothing_else(engines):
 
 def test_a_cancelled_sequence_ends_between_steps(engines):
     engine = engines("dense")
-    engine.speculate("ngram")
+    speculate(engine)
     scheduler = Scheduler(engine, 2)
     numbers = [scheduler.begin(Request(repetitive(50, seed), 80)) for seed in (1, 2)]
     for _ in range(4):
@@ -305,117 +306,6 @@ def test_logprobs_of_a_prompt_are_read_in_pieces(engines, most, monkeypatch):
     expected = engine.score(ids)
     monkeypatch.setattr(engine.session, "most_rows", most)
     np.testing.assert_allclose(engine.score(ids), expected, rtol=0, atol=1e-5)
-
-
-# Sampled tokens have the ordinary distribution.
-
-
-class MarkovSession:
-    """A session without a graph: the logits after a token are its row of a table (V, V)."""
-
-    device_name, row_multiple, capacity, batch = "Markov", 1, 1 << 20, 0
-
-    def __init__(self, graph, table):
-        self.graph, self.table, self.chunk, self.most_rows = graph, table, 64, 64
-
-    def allocate(self, batch, capacity):
-        self.batch = batch
-
-    def clear_slot(self, slot):
-        pass
-
-    def step(self, ids, cache_lengths, lengths, argmax=False):
-        return self.step_rows(ids, cache_lengths, lengths, 1, argmax)[:, 0]
-
-    def step_rows(self, ids, cache_lengths, lengths, rows, argmax=False):
-        last = np.stack([row[max(n - rows, 0) : n][-rows:] for row, n in zip(ids, lengths, strict=True)])
-        assert not argmax
-        return self.table[last]
-
-    def step_slot(self, slot, ids, cache_lengths, argmax=False, rows=1):
-        return self.table[ids[-rows:]]
-
-
-DRAWS, VOCABULARY = 100_000, 6
-
-
-@pytest.fixture(scope="module")
-def markov():
-    """An engine over a table, whose rows are far from uniform, with room for all of the draws."""
-    artifact = read_artifact(EARLIER)
-    longest = DRAWS + 10
-    graph = replace(
-        artifact.graph, vocabulary=VOCABULARY, max_length=longest, capacities=(longest,), states=(), window=None
-    )
-    table = np.random.default_rng(0).normal(0, 1.5, (VOCABULARY, VOCABULARY)).astype(np.float32)
-    engine = Engine(replace(artifact, graph=graph), MarkovSession(graph, table))
-    engine.end_ids = frozenset()
-    return engine
-
-
-def probabilities(table, sampling):
-    """(V, V): what a row's logits become by temperature, top-k and top-p, computed in another way than the sampler."""
-    scores = table.astype(np.float64) / sampling.temperature
-    found = np.exp(scores - scores.max(1, keepdims=True))
-    found /= found.sum(1, keepdims=True)
-    for row in found:
-        ranked = sorted(range(VOCABULARY), key=lambda token: -row[token])
-        kept, mass = [], 0.0
-        total = row[ranked[: sampling.top_k or VOCABULARY]].sum()
-        for token in ranked[: sampling.top_k or VOCABULARY]:
-            kept.append(token)
-            mass += row[token] / total
-            if mass >= sampling.top_p:
-                break
-        row[[token for token in range(VOCABULARY) if token not in kept]] = 0
-    return found / found.sum(1, keepdims=True)
-
-
-def p_value(ids, expected):
-    """Of Pearson's chi-squared test on the pairs of a token and the next."""
-    counts = np.zeros((VOCABULARY, VOCABULARY))
-    np.add.at(counts, (ids[:-1], ids[1:]), 1)
-    assert not counts[expected == 0].any()
-    wanted = counts.sum(1, keepdims=True) * expected
-    kept = expected > 0
-    statistic = ((counts - wanted)[kept] ** 2 / wanted[kept]).sum()
-    return float(scipy.stats.chi2.sf(statistic, (kept.sum(1) - 1).sum()))
-
-
-def draw(engine, sampling, patch):
-    patch.setattr(record, "ROW_COST", 0.0)  # guesses at every token
-    patch.setattr(record, "CHECK_COST", 0.0)
-    engine.speculate("ngram")
-    scheduler = Scheduler(engine, 1)
-    (events,) = collect(scheduler, [Request([0], DRAWS, sampling, text=False)])
-    assert scheduler.counters.accepted > DRAWS / 5
-    assert scheduler.counters.proposed > scheduler.counters.accepted + DRAWS / 5
-    return np.array([0, *tokens(events)])
-
-
-@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=1), Sampling(0.8, top_k=4, top_p=0.9, seed=2)], ids=str)
-def test_sampled_tokens_have_the_ordinary_distribution(markov, sampling, monkeypatch):
-    assert p_value(draw(markov, sampling, monkeypatch), probabilities(markov.session.table, sampling)) > 1e-3
-
-
-def test_the_test_catches_a_sampler_that_favours_guesses(markov, monkeypatch):
-    """A mutant: where a guess is not drawn, it draws again, so a guess g comes with p(g) · (2 - p(g))."""
-    guessed, propose, choose = {}, NgramProposer.propose, Sampler._one
-
-    def noted(self, wanted):
-        found = propose(self, wanted)
-        for (sequence, _), guesses in zip(wanted, found, strict=True):
-            guessed.update(enumerate(guesses, len(sequence.ids)))
-        return found
-
-    def favouring(self, logits, seen):
-        token = choose(self, logits, seen)
-        return token if guessed.get(len(seen), token) == token else choose(self, logits, seen)
-
-    monkeypatch.setattr(NgramProposer, "propose", noted)
-    monkeypatch.setattr(Sampler, "_one", favouring)
-    sampling = Sampling(1.0, seed=1)
-    assert p_value(draw(markov, sampling, monkeypatch), probabilities(markov.session.table, sampling)) < 1e-9
 
 
 # What is refused.
@@ -470,69 +360,34 @@ def test_tokenizers_are_compared(engines):
         engine.speculate(draft)
 
 
-# Which guesses are made.
+# What they cost.
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 9))
-def test_a_match_is_followed(ids, count):
-    """Read in pieces: the ids before the place equal the last ones, and the guesses are what came after it."""
-    match = Match()
-    for end in sorted({1, len(ids) // 2 + 1, len(ids)} & set(range(1, len(ids) + 1))):
-        match.read(ids[:end])
-    if not match.length:
-        assert ids[-1] not in ids[:-1]
-        return
-    assert match.place < len(ids)
-    assert ids[match.place - match.length : match.place] == ids[len(ids) - match.length :]
-    suffixes = [n for n in range(1, LONGEST + 1) if any(ids[i - n : i] == ids[-n:] for i in range(n, len(ids)))]
-    assert match.length >= max(suffixes)
-    guesses = match.guesses(ids, count)
-    assert len(guesses) == count
-    assert [*ids, *guesses][match.place : match.place + count] == guesses
-
-
-def test_a_record_follows_what_was_right():
-    known = Record()
-    assert known.rate == record.FIRST_RATE
-    assert Record(0.3).rate == 0.3
-    assert Record().most == 2
-    for _ in range(30):
-        known.note(4, 4)
-    assert known.rate > 0.9
-    assert known.most > 20
-    for _ in range(30):
-        known.note(4, 0)  # one that was wrong, and three that nothing is known of
-    assert 0.1 < known.rate < 0.35
-    certain = Record(0.5)
-    certain.note(8, 3)
-    weights = 0.95 ** np.arange(5)[::-1]  # what was assumed, three right guesses, and a wrong one
-    assert certain.rate == pytest.approx((0.5 * weights[0] + weights[1:4].sum()) / weights.sum())
-
-
-def test_guesses_are_worth_their_cost():
-    assert expected_tokens(1.0, 4) == 5
-    assert expected_tokens(0.5, 2) == 1.75
-    assert best_guesses([0.1], [8], 0, 1, 0.0) == 0
-    assert best_guesses([0.99], [8], 0, 1, 0.0) == 8
-    assert 0 < best_guesses([0.7], [8], 0, 1, 0.0) < 5
-    assert best_guesses([0.5], [8], 0, 1, 0.0) == 0
-    assert best_guesses([0.6], [8], 7, 8, 0.0) == 0  # seven others would wait for the guesses of one
-    assert best_guesses([0.95] * 8, [8] * 8, 0, 8, 0.0) > 0
-    assert best_guesses([0.9], [8], 0, 1, 2.0) == 0  # a draft that is slower than the model
+@pytest.mark.parametrize("name", ["dense", "hybrid", "window"])
+def test_costs_are_timed_on_the_session(engines, name):
+    engine, draft = engines(name), engines("dense")
+    engine.generate_ids([5, 6], 3)
+    costs = measure(engine, draft)
+    assert costs.steps[0] == 1.0
+    assert list(costs.steps) == sorted(costs.steps)
+    assert len(costs.steps) == min(16, engine.session.chunk)
+    assert costs.guess > 0
+    assert measure(engine).guess == 0
+    assert not engine.lengths.size
+    assert engine.generate_ids([5, 6], 3) == engines(name).generate_ids([5, 6], 3)
 
 
 def test_wrong_guesses_cost_little(engines):
-    """By the cost of steps that the choice assumes: what is spent on wrong guesses is a few hundredths of all."""
+    """What is spent on wrong guesses is a few hundredths of all."""
     engine = engines("dense")
-    engine.speculate("ngram")
+    speculate(engine)
 
     class Wrong(Guesses):
         def record(self, sequence):
             return self.made
 
     scheduler = Scheduler(engine, 1)
-    scheduler._speculator = Speculator(Wrong(lambda ids, count: [211 - 1 - ids[-1]] * count), 8)
+    scheduler._speculator = Speculator(Wrong(lambda ids, count: [211 - 1 - ids[-1]] * count), 8, DEAR)
     scheduler.begin(Request(repetitive(20), 170))
     list(scheduler.run())
-    assert 0 < scheduler.counters.proposed < (2 * TRIALS / 0.3 + 0.02) * 170
+    assert 0 < scheduler.counters.proposed < (2 * TRIALS / (DEAR.of(1, 1) - 1) + 0.02) * 170
