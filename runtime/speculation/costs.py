@@ -1,7 +1,7 @@
 """What a step costs by the number of tokens that it reads: timed on the session that runs it, when speculation begins.
 
 It depends on the model, the kernels and the processor: in steps of one token, one of nine costs 1.8 in float32 and 3.1
-in int4 with doge-3m on a CPU, and hardly more than 1 on a GPU.
+in int4 with doge-3m on a CPU with AVX-512.
 
 B slots of a step, S new tokens.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from runtime.slots import Slots
 
 SIZES = (1, 2, 3, 5, 9, 16)  # S of the steps that are timed
-ROUNDS = 5  # of all sizes, of which the fastest counts: what else the machine does only adds to it
+LEAST, MOST, SECONDS = 3, 20, 0.5  # rounds of all sizes: at least, at most, and what they take between
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,25 @@ def measure(target: Slots, draft: Slots | None = None) -> Costs:
 
 
 def _seconds(slots: Slots, sizes: tuple[int, ...]) -> np.ndarray:
-    """The shortest time of a step of each size."""
+    """The shortest time of a step of each size, since what else the machine does only adds to it."""
     slots.reserve(1, max(sizes))
-    taken = np.zeros((ROUNDS + 1, len(sizes)))
+    rounds: list[list[float]] = []
+    began = time.perf_counter()
     with slots.in_use:
-        for turn in range(ROUNDS + 1):
-            for column, size in enumerate(sizes):
-                new = np.zeros((1, size), np.int64), np.zeros(1, np.int64), np.array([size])
-                began = time.perf_counter()
-                if size > 1:
-                    slots.session.step_rows(*new, size, True)
-                else:
-                    slots.session.step(*new, True)
-                taken[turn, column] = time.perf_counter() - began
+        for size in sizes:  # the first of a size allocates
+            _time(slots, size)
+        while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - began < SECONDS):
+            rounds.append([_time(slots, size) for size in sizes])
     slots.reset()
-    return taken[1:].min(0)  # the first allocates
+    return np.min(rounds, axis=0)
+
+
+def _time(slots: Slots, size: int) -> float:
+    """The seconds of a step of one slot over so many tokens."""
+    ids, held, new = np.zeros((1, size), np.int64), np.zeros(1, np.int64), np.array([size])
+    began = time.perf_counter()
+    if size > 1:
+        slots.session.step_rows(ids, held, new, size, True)
+    else:
+        slots.session.step(ids, held, new, True)
+    return time.perf_counter() - began

@@ -153,12 +153,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--draft")
+    parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     print("| artifact | text | k at most | tokens/s | ratio (rounds) | of CPU time | right | other answers (logits) |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for path in options.artifacts:
-        engine = load(path)
-        by = "ngram" if options.draft is None else load(options.draft)
+        engine = load(path, threads=options.threads)
+        by = "ngram" if options.draft is None else load(options.draft, threads=options.threads)
         for name, each in tasks(engine).items():
             if options.tasks and name not in options.tasks:
                 continue
