@@ -22,7 +22,7 @@ from runtime.artifact.folder import Folder
 from runtime.artifact.onnx_reader import read_onnx, relocated
 from runtime.errors import ArtifactError
 
-SCHEMA = 1
+SCHEMA = 2  # 1 has no graphs with `LOGITS_INDEX`
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 INPUTS = ("input_ids", "cache_lengths", "sequence_lengths")
 EVICTED = "dropped_lengths"  # the input that a graph with a window has besides: tokens whose rows were evicted

@@ -25,7 +25,7 @@ import torch
 from export.rewrites.names import MODULE
 from export.targets.tensorrt import TensorRTOptions, add_engine
 from runtime.artifact.integrity import read_artifact
-from runtime.artifact.manifest import ELEMENTS, Artifact, Graph
+from runtime.artifact.manifest import ELEMENTS, LOGITS_INDEX, Artifact, Graph
 from runtime.backends.arrays import STORAGE, widened
 from runtime.backends.cuda import Device
 from runtime.backends.ort_gpu import OnnxGpuSession
@@ -39,7 +39,7 @@ Answers = dict[str, np.ndarray]  # (S, D) of each module, by its path
 
 @dataclass(frozen=True)
 class Place:
-    """A value (B, S, D) of the graph, or (B, 1, D) of the last token, and the modules whose output it is."""
+    """A value (B, S, D) of the graph, or (B, R, D) of the tokens that get logits, and the modules whose output it is."""
 
     value: str
     modules: tuple[str, ...]
@@ -98,6 +98,8 @@ def cpu_answers(artifact: Artifact, ids: np.ndarray) -> Answers:
         session = onnxruntime.InferenceSession(tried.path / tried.graph.file, providers=["CPUExecutionProvider"])
         graph = tried.graph
         lengths = dict.fromkeys(graph.inputs[1:], np.zeros(1, np.int64)) | {graph.inputs[2]: np.array([ids.size])}
+        if graph.indexed:
+            lengths[LOGITS_INDEX] = np.array([[ids.size - 1]])
         rows = graph.rows(next(size for size in graph.capacities if size >= ids.size))
         feed = {state.input: np.zeros(state.sized(1, rows), STORAGE[state.dtype]) for state in graph.states}
         arrays = session.run([place.value for place in found], {"input_ids": ids[None], **lengths, **feed})
@@ -201,9 +203,9 @@ class _Probed:
 
 
 class _ProbedGraph(_Probed, OnnxGpuSession):
-    def _bind(self, length: int) -> Any:
-        binding, place = super()._bind(length), self.place
-        shape = (self.batch, length if place.every_token else 1, place.width)
+    def _bind(self, length: int, rows: int) -> Any:
+        binding, place = super()._bind(length, rows), self.place
+        shape = (self.batch, length if place.every_token else rows, place.width)
         if place.value != "logits":
             address = self.addresses[place.value]
             binding.bind_output(place.value, "cuda", self.device.index, ELEMENTS[place.dtype], shape, address)

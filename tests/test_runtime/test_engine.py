@@ -275,7 +275,7 @@ def change_manifest(directory, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=2), "schema 2.*upgrade"),
+        (lambda m: m.update(schema=3), "schema 3.*upgrade"),
         (lambda m: m.pop("graph"), "graph is missing"),
         (lambda m: m.update(files=[]), "files is array; expected object"),
         (lambda m: m["graph"].update(max_batch="8"), "max_batch is str"),

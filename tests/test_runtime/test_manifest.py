@@ -63,7 +63,7 @@ def test_what_would_not_be_read_is_not_written():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=-3), "schema -3; expected 1 to 1"),
+        (lambda m: m.update(schema=-3), "schema -3; expected 1 to 2"),
         (lambda m: m.update(schema=True), "schema is bool; expected int"),
         (lambda m: m.pop("schema"), "schema is missing"),
         (lambda m: m["graph"].update(quantization=False), "graph.quantization is bool; expected str"),
