@@ -85,22 +85,22 @@ class Speculator:
         self.proposer.forget(number)
 
 
-def expected_tokens(rate: float, guesses: int) -> float:
-    """The tokens that a step brings: the right guesses before the first wrong one, and the model's own next token."""
-    return guesses + 1.0 if rate >= 1.0 else (1.0 - rate ** (guesses + 1)) / (1.0 - rate)
-
-
 def best_guesses(rates: Values[float], limits: Values[int], others: int, slots: int, costs: Costs) -> int:
     """How many guesses k of each sequence, at most its limit, bring most tokens for a step's cost; 0 for none.
 
     `rates`: of the sequences that have guesses. `others`: sequences that have none. `slots`: B.
     """
-    best, most = 0, MARGIN * (len(rates) + others) / costs.of(slots, 0)
-    for guesses in range(1, max(limits, default=0) + 1):
-        tokens = others + sum(
-            expected_tokens(rate, min(guesses, limit)) for rate, limit in zip(rates, limits, strict=True)
-        )
-        gain = tokens / costs.of(slots, guesses)
-        if gain > most:
-            best, most = guesses, gain
+    tokens = float(len(rates) + others)  # which a step brings: the model's own, and the guesses that are right
+    best, most = 0, MARGIN * tokens / costs.of(slots, 0)
+    right, last = [1.0] * len(rates), max(limits, default=0)  # how probably a sequence's guesses so far are all right
+    for guesses in range(1, last + 1):
+        right = [
+            chance * rate if guesses <= limit else 0.0 for chance, rate, limit in zip(right, rates, limits, strict=True)
+        ]
+        tokens += sum(right)
+        cost = costs.of(slots, guesses)
+        if tokens / cost > most:
+            best, most = guesses, tokens / cost
+        if tokens + sum(right) * (last - guesses) < most * cost:  # further ones bring less each, and cost more
+            break
     return best

@@ -4,7 +4,7 @@ Every module of the eager model that gives one value a token has a value in the 
 as an output besides its own, and a bisection over them in the graph's order finds the first that differs. For each an
 engine is built anew, since each output changes what a builder fuses.
 
-B batch (slots), S new tokens, D values of a token.
+B batch (slots), S new tokens, R rows of logits, D values of a token.
 """
 
 import shutil
@@ -39,7 +39,7 @@ Answers = dict[str, np.ndarray]  # (S, D) of each module, by its path
 
 @dataclass(frozen=True)
 class Place:
-    """A value (B, S, D) of the graph, or (B, R, D) of the tokens that get logits, and the modules whose output it is."""
+    """A value (B, S, D) of the graph, or (B, R, D) of those with logits, and the modules whose output it is."""
 
     value: str
     modules: tuple[str, ...]

@@ -11,7 +11,7 @@ from runtime.speculation import record
 from runtime.speculation.costs import Costs
 from runtime.speculation.ngram import LONGEST, Match
 from runtime.speculation.record import Record
-from runtime.speculation.speculator import best_guesses, expected_tokens
+from runtime.speculation.speculator import MARGIN, best_guesses
 from test_runtime.test_speculation import CHEAP, DEAR
 
 
@@ -53,8 +53,6 @@ def test_a_record_follows_what_was_right():
 
 
 def test_guesses_are_worth_their_cost():
-    assert expected_tokens(1.0, 4) == 5
-    assert expected_tokens(0.5, 2) == 1.75
     assert best_guesses([0.1], [8], 0, 1, DEAR) == 0
     assert best_guesses([0.99], [8], 0, 1, DEAR) == 8
     assert 0 < best_guesses([0.7], [8], 0, 1, DEAR) < 5
@@ -64,6 +62,28 @@ def test_guesses_are_worth_their_cost():
     assert best_guesses([0.95] * 8, [8] * 8, 0, 8, DEAR) > 0
     assert best_guesses([0.9], [8], 0, 1, replace(DEAR, guess=2.0)) == 0  # a draft that is slower than the model
     assert best_guesses([0.3], [8], 0, 1, CHEAP) > 0
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.lists(st.floats(0, 0.8), min_size=1, max_size=15),
+)
+def test_the_best_number_is_found(sequences, others, more):
+    """By the closed form of a geometric sum, for every number."""
+    costs, slots = Costs(tuple(np.cumsum([1.0, *more]).tolist())), len(sequences) + others
+
+    def gain(guesses):
+        tokens = sum(
+            min(guesses, limit) + 1 if rate == 1 else (1 - rate ** (min(guesses, limit) + 1)) / (1 - rate)
+            for rate, limit in sequences
+        )
+        return (tokens + others) / costs.of(slots, guesses)
+
+    rates, limits = zip(*sequences, strict=True)
+    found = best_guesses(rates, limits, others, slots, costs)
+    gains = [MARGIN * gain(0), *(gain(guesses) for guesses in range(1, max(limits) + 1))]
+    assert gains[found] == pytest.approx(max(gains), rel=1e-9)
 
 
 def test_costs_are_those_of_steps():
