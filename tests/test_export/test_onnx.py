@@ -16,7 +16,7 @@ from export.package.manifest import capacities
 from export.verification.cases import Case
 from export.verification.comparison import compare
 from runtime import ArtifactError, load
-from runtime.artifact.manifest import INPUTS
+from runtime.artifact.manifest import INPUTS, LOGITS_INDEX
 from test_export.conftest import VARIANTS, save_checkpoint
 from wm_models import CheemsForCausalLM, DogeForCausalLM, DogeForSequenceClassification
 
@@ -58,7 +58,7 @@ def test_inputs_and_outputs_are_the_manifests(exported):
     _, directory, _ = exported("dense")
     model, manifest = ir.load(directory / "model.onnx").graph, json.loads((directory / "manifest.json").read_text())
     states = manifest["graph"]["states"]
-    assert [v.name for v in model.inputs] == [*INPUTS, *(state["input"] for state in states)]
+    assert [v.name for v in model.inputs] == [*INPUTS, LOGITS_INDEX, *(state["input"] for state in states)]
     assert [v.name for v in model.outputs] == ["logits", *(state["output"] for state in states)]
     assert states[0]["shape"] == ["batch", 2, "capacity", 16]
 
