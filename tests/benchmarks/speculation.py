@@ -1,7 +1,7 @@
 """Tokens/s with speculation over those without it, and how many guesses were right.
 
     wm-export onnx doge-3m --out A; the same with --quantize int8 and with --quantize int4
-    python tests/benchmarks/speculation.py A B C [--guesses 4 8 16] [--rounds 5] [--draft DIR]
+    python tests/benchmarks/speculation.py A B C [--guesses 4 8 16] [--rounds 5] [--threads 1] [--draft DIR]
 
 Texts are held-out files of the standard library. `continued`: a file's beginning is the prompt, and the model writes
 on. `sampled`: the same at temperature 0.8. `replayed`: as `continued`, but the answer is the file itself. `edited`: the
@@ -120,13 +120,15 @@ def near(engine: Engine, task: Task, one: list[int], other: list[int]) -> float 
 def compare(engine: Engine, by: "str | Engine", guesses: int, each: list[Task], rounds: int) -> str:
     """A row: ordinary tokens/s, their ratios in rounds of one after the other, acceptance, and answers that differ."""
     ratios, processor, rates = [], [], []
+    engine.speculate(by, guesses)
+    speculation = engine.speculation
     proposed = accepted = differ = 0
     widest = 0.0
     for task in each:
         for turn in range(rounds):
-            engine.speculate(None)
+            engine.speculation = None
             plain = run(engine, task)
-            engine.speculate(by, guesses)
+            engine.speculation = speculation
             ahead = run(engine, task)
             rates.append(len(plain.ids) / plain.seconds)
             pace = len(ahead.ids) / max(1, len(plain.ids))
