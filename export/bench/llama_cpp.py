@@ -83,6 +83,8 @@ def write_llama(path: Path, config: dict[str, Any], type_name: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{token}>" for token in range(config["vocab_size"])])
     writer.add_token_merges(["< 0"])
+    if isinstance(config["eos_token_id"], int):
+        writer.add_eos_token_id(config["eos_token_id"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(hidden)
     writer.add_block_count(config["num_hidden_layers"])
