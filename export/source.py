@@ -86,16 +86,21 @@ class Source:
                 )
         return model_class.from_pretrained(self.folder, dtype=torch.float32).eval()
 
-    def copy_texts(self, model: DecoderWithHead, out: Path) -> None:
-        """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
-        if self.base is not None:  # its files, and in their place those that lie with the adapter
-            self.base.copy_texts(model, out)
-        model.config.save_pretrained(out)
+    def read_text(self, name: str) -> bytes | None:
+        """What one of `TOKENIZER_FILES` has, if there is one; an adapter's own goes before its base's."""
         shipped = self.folder is None and has_tokenizer(self.name)
         folder = CheckpointFolder(ASSETS) if shipped else self.folder
+        if folder is not None and folder.has(name):
+            return folder.read(name)
+        return None if self.base is None else self.base.read_text(name)
+
+    def copy_texts(self, model: DecoderWithHead, out: Path) -> None:
+        """Write config.json, and copy the tokenizer's and the generation's files where the source has them."""
+        model.config.save_pretrained(out)
         for name in TOKENIZER_FILES:
-            if folder is not None and folder.has(name):
-                (out / name).write_bytes(folder.read(name))
+            text = self.read_text(name)
+            if text is not None:
+                (out / name).write_bytes(text)
         config = model.generation_config if isinstance(model, DecoderForCausalLM) else None
         if not (out / "generation_config.json").exists() and config is not None:
             config.save_pretrained(out)

@@ -134,7 +134,7 @@ class Engine(Slots):
         guesses = as_integer(guesses, "guesses", 1, min(self.session.most_rows, self.session.chunk) - 1)
         if isinstance(by, Engine):
             check_draft(self.artifact, by.artifact)
-            check_same_tokens(self.tokenizer, by.tokenizer, by.artifact)
+            check_same_tokens(self.tokenizer, by.tokenizer, str(by.artifact.path))
             self.speculation = Speculation(measure(self, by), by, guesses)
         elif by in METHODS:
             self.speculation = Speculation(measure(self), None, guesses)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from export.errors import ExportError
 from export.source import Source
 from export.verification.reference import eager_logits
+from runtime.artifact.manifest import TOKENIZER
 from runtime.evaluation.scorers import PIECE
 from wm_models.decoder import DecoderForCausalLM
 
@@ -22,11 +24,13 @@ class EagerScorer:
     """
 
     def __init__(self, source: str, seed: int = 0):
-        model = Source(source, seed).load_model()
+        origin = Source(source, seed)
+        model, text = origin.load_model(), origin.read_text(TOKENIZER)
         if not isinstance(model, DecoderForCausalLM):
             raise ExportError(f"{source}: is a classifier, which predicts no text; name a language model")
         self.model, self.name = model, source
         self.vocabulary: int = model.config.vocab_size
+        self.tokenizer = None if text is None else Tokenizer.from_buffer(text)
         self.most: int = model.config.longest_sequence
 
     def rows(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:

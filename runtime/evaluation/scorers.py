@@ -7,19 +7,25 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from runtime.engine import Engine
 from runtime.errors import RequestError
+from runtime.text.tokenizer import check_same_tokens
 
 PIECE = 128  # rows of logits at a time, which bounds the memory that a large vocabulary takes
 
 
 class Scorer(Protocol):
-    """A language model that reads windows of a text. `name`: for people. `vocabulary`: V. `most`: S at most."""
+    """A language model that reads windows of a text. `name`: for people. `vocabulary`: V. `most`: S at most.
+
+    `tokenizer`: where it has one.
+    """
 
     name: str
     vocabulary: int
     most: int
+    tokenizer: Tokenizer | None
 
     def rows(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """Logits (n, V), float32, after each of `ids` (S,) from position `first` on, `PIECE` rows at a time.
@@ -40,6 +46,7 @@ class EngineScorer:
         engine.check_task(classifies=False)
         self.engine, self.name = engine, str(engine.artifact.path)
         self.vocabulary, self.most = engine.graph.vocabulary, engine.graph.max_length
+        self.tokenizer = engine.tokenizer
 
     def rows(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """See `Scorer`. Raises `RequestError` where another call uses the engine meanwhile, or an id does not fit."""
@@ -72,9 +79,10 @@ class EngineScorer:
 
 
 def check_alike(scorer: Scorer, other: Scorer) -> None:
-    """Raise `RequestError` where the two models do not have the same tokens, by their number."""
+    """Raise `RequestError` where the two models do not have the same tokens: as many, with the same ids."""
     if scorer.vocabulary != other.vocabulary:
         raise RequestError(
             f"{other.name}: has {other.vocabulary} tokens, {scorer.name} has {scorer.vocabulary}; expected two models "
             "over one tokenizer"
         )
+    check_same_tokens(scorer.tokenizer, other.tokenizer, other.name)

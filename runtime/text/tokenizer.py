@@ -40,16 +40,16 @@ def check_tokenizer(tokenizer: Tokenizer | None, artifact: Artifact) -> Tokenize
     return tokenizer
 
 
-def check_same_tokens(tokenizer: Tokenizer | None, other: Tokenizer | None, artifact: Artifact) -> None:
-    """Raise `RequestError` where both exist and the other, the artifact's, gives a token another id."""
+def check_same_tokens(tokenizer: Tokenizer | None, other: Tokenizer | None, name: str) -> None:
+    """Raise `RequestError` where both exist and the other, that of the model `name`, gives a token another id."""
     if tokenizer is None or other is None:
         return
     known, found = tokenizer.get_vocab(), other.get_vocab()
     if known != found:
         token = min(token for token in known.keys() | found.keys() if known.get(token) != found.get(token))
         raise RequestError(
-            f"{artifact.path / TOKENIZER}: token {token[:60]!r} has id {found.get(token)}; expected "
-            f"{known.get(token)}, as in the other model's tokenizer"
+            f"{name}: the token {token[:60]!r} has id {found.get(token)}; expected {known.get(token)}, as in the other "
+            "model's tokenizer: expected two models over one tokenizer"
         )
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import sys
 import textwrap
 from importlib.util import find_spec
@@ -167,6 +168,26 @@ def test_what_is_no_text_is_refused(two, tmp_path, data, words):
 def test_models_over_other_tokens_are_refused(two, texts):
     with pytest.raises(RequestError, match="over one tokenizer"):
         perplexity(load(two[0] / "one-artifact"), PerplexityOptions(texts), EagerScorer("doge-3m"))
+
+
+@pytest.mark.parametrize("kind", [EagerScorer, lambda path: EngineScorer(load(path))], ids=["checkpoint", "artifact"])
+def test_models_over_as_many_other_tokens_are_refused(two, texts, tmp_path, kind):
+    """Two tokens have changed places."""
+    where = tmp_path / "other"
+    shutil.copytree(two[0] / ("two" if kind is EagerScorer else "two-artifact"), where)
+    (where / "tokenizer.json").write_text(swapped_tokens((where / "tokenizer.json").read_text()))
+    if kind is not EagerScorer:
+        write_manifest(where, parse_manifest((where / MANIFEST).read_bytes(), where / MANIFEST), verified=True)
+    with pytest.raises(RequestError, match=r"other: the token '.*' has id \d+; expected \d+"):
+        perplexity(load(two[0] / "one-artifact"), PerplexityOptions(texts), kind(str(where)))
+
+
+def swapped_tokens(text):
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    return json.dumps(tokenizer)
 
 
 def run(monkeypatch, capsys, main, *arguments):
