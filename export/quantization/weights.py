@@ -23,6 +23,7 @@ from export.quantization.calibration import Feed, second_moments
 from export.quantization.schemes import BLOCKS, Scheme, Weight
 from export.rewrites.initializer import add_initializer
 from export.rewrites.names import MODULE
+from runtime.host.memory import return_freed
 
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
@@ -109,6 +110,7 @@ def quantize_graph(
     if text is not None:
         products = [use.activation for use in uses if use.activation]
         moments = second_moments(graph, path.with_name("moments.onnx"), text, products, feed, progress)
+        return_freed()  # that of the session
     progress.stage("quantising", total=len(uses))
     for (name, block, looked_up), members in _alike(uses, scheme, largest).items():
         matrices = [torch.from_numpy(use.matrix()) for use in members]

@@ -22,7 +22,7 @@ GROUPS = (
 # glibc's mallopt(3): the options of <malloc.h>, the smallest block that is mapped on its own while freed memory is to
 # go back to the system, and afterwards the values that glibc itself goes up to as it runs.
 TRIM_THRESHOLD, MAP_THRESHOLD = -1, -3
-SMALL_BLOCK, LARGE_BLOCK, LARGE_REST = 128 << 10, 32 << 20, 64 << 20
+SMALL_BLOCK, LARGE_BLOCK, LARGE_REST = 512 << 10, 32 << 20, 64 << 20
 
 COLLAPSE = 25  # the advice MADV_COLLAPSE of <linux/mman.h>
 # In smaps, a range of this process's memory that holds no file, and what follows about it.
