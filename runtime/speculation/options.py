@@ -12,7 +12,7 @@ from runtime.speculation.ngram import NgramProposer
 from runtime.speculation.speculator import Speculator
 
 METHODS = ("ngram",)
-GUESSES = 8
+GUESSES = 15
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from runtime.scheduling.sequence import Sequence
 from runtime.speculation.costs import Costs
 from runtime.speculation.record import Record
 
-TRIALS = 0.02  # of all steps' cost, what guesses may cost that are not expected to pay
+TRIALS = 0.01  # of all steps' cost, what guesses may cost that are not expected to pay
 MARGIN = 1.05  # how many times as many tokens for the cost guesses must promise
 
 
