@@ -106,7 +106,7 @@ def test_sizes_come_before_contents(copy, monkeypatch):
         (lambda g: g["states"][0].update(shape=["batch"] * 9), "shape"),
         (lambda g: g["states"][0].update(shape=["batch", 2, "capacity", 16]), "layers.0.key"),
         (lambda g: g["states"][0].update(dtype="float16"), "layers.0.key"),
-        (lambda g: g["states"].pop(), "has 9 inputs"),
+        (lambda g: g["states"].pop(), "has 10 inputs"),
         (lambda g: g["states"].reverse(), "layers.1.bias"),
         (lambda g: g.update(vocabulary=96), "logits"),
         (lambda g: g.update(labels=0), "labels is 0"),
