@@ -206,7 +206,7 @@ def slots_take_the_first_slot_s_length(m: Mutable) -> None:
 
 
 def logits_of_the_token_before_the_last(m: Mutable) -> None:
-    name = m.graph.input[2].name
+    name = "logits_index"
     node = next(node for node in m.graph.node if name in node.input)
     m.put_before(node, list(node.input).index(name), "Sub", m.constant(np.int64(1)))
 
