@@ -8,6 +8,7 @@ import onnx
 import pytest
 from conftest import SMALL
 from onnx import TensorProto
+from rich.console import Console
 from torch.utils.flop_counter import sdpa_flop_count
 from typer.testing import CliRunner
 
@@ -139,9 +140,10 @@ def test_a_card_is_found_by_its_whole_name():
     assert len({card.name for card in CARDS}) == len(CARDS) == 5
 
 
-def test_the_command(exported):
+def test_the_command(exported, monkeypatch):
     directory = str(exported("int8")[1])
-    shown = CliRunner().invoke(make_app(), ["roofline", directory, "--context", "100"], env={"COLUMNS": "200"})
+    monkeypatch.setattr("export.cli.console", Console(highlight=False, width=200))
+    shown = CliRunner().invoke(make_app(), ["roofline", directory, "--context", "100"])
     assert shown.exit_code == 0
     for words in ("batch 1, context 100", "layers.*.self_attn", "lm_head", "of it caches", "RTX 4090"):
         assert words in shown.stdout
