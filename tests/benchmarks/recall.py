@@ -65,7 +65,7 @@ def keep_unbiased(model: torch.nn.Module) -> None:
         parameter.requires_grad_(not name.endswith((".A", ".dt_proj.weight")))
 
 
-def free_decay(model: torch.nn.Module) -> None:
+def free_decay(model: CheemsForCausalLM) -> None:
     """Start A at -1 and dt, whose bias training moves, at 0.001 to 0.1, as in Mamba-2: little is forgotten at first."""
     for layer in model.model.layers:
         dt = torch.empty_like(layer.ssd.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
