@@ -147,11 +147,13 @@ class Bench:
     """One run: its servers, its prompts and its table."""
 
     def __init__(self, given: argparse.Namespace, stack: ExitStack):
-        graph = load(given.artifact).graph
+        artifact = load(given.artifact).artifact
+        graph, self.parameters = artifact.graph, artifact.parameters
+        self.quantization = graph.dtype if graph.quantization == "none" else graph.quantization
         if graph.max_batch < 9:
             sys.exit(f"{given.artifact} has {graph.max_batch} slots; export it with --max-batch 9")
-        self.given = given
-        self.prompts = np.random.default_rng(0).integers(3, graph.vocabulary, (32, LENGTH)).tolist()
+        self.given, self.vocabulary = given, graph.vocabulary
+        self.prompts = np.random.default_rng(0).integers(3, self.vocabulary, (32, LENGTH)).tolist()
         self.eight, self.single = (
             stack.enter_context(serving(given.artifact, slots, given.threads)) for slots in (8, 1)
         )
@@ -195,8 +197,12 @@ class Bench:
         client = openai.OpenAI(base_url=f"{self.given.url}/v1", api_key="none", max_retries=20, timeout=900)
         server = Server(client, client.models.list().data[0].id)
         press(server, self.prompts[:1], 8)
+        draw = np.random.default_rng(1)
         for count in (1, 8):
-            loads = [press(server, self.prompts[:count], self.given.new) for _ in range(self.given.rounds)]
+            loads = []
+            for _ in range(self.given.rounds):  # with prompts that it has not read yet: it may keep them
+                prompts = draw.integers(3, self.vocabulary, (count, LENGTH)).tolist()
+                loads.append(press(server, prompts, self.given.new))
             best = max(loads, key=lambda each: each.rate)
             self.row(
                 f"{count} clients of {self.given.url}", best.rate, float(np.median(best.first)),
@@ -246,7 +252,8 @@ def main() -> None:
         if given.url:
             bench.other(found)
         if given.plot:
-            plot(found, given.plot, f"{Path(given.artifact).name}, prompts of {LENGTH}, {given.new} new tokens")
+            name = f"{bench.parameters / 1e6:.0f}M parameters, {bench.quantization}"
+            plot(found, given.plot, f"{name}, prompts of {LENGTH}, {given.new} new tokens")
     bench.table.title = f"{given.artifact}, prompts of {LENGTH}, {given.new} new tokens"
     Console(width=120).print(bench.table)
 
