@@ -32,7 +32,9 @@ class Service:
         self.classifies, self.stopping = bool(engine.labels), False
         self.scheduler: Scheduler | None = None
         if not self.classifies:
-            self.scheduler = Scheduler(engine, options.slots, options.chunk, prefix_memory=options.cache << 20)
+            self.scheduler = Scheduler(
+                engine, options.slots, options.chunk, prefix_memory=options.cache << 20, exact=options.exact
+            )
         self.slots = 1 if self.scheduler is None else self.scheduler.slots
         self.chats = engine.chat_template is not None
         self.metrics, self.started = Metrics(), time.time()

@@ -67,8 +67,9 @@ class Round:
 
 
 @contextmanager
-def serving(artifact: str, slots: int, threads: int) -> Iterator[Server]:
+def serving(artifact: str, slots: int, threads: int, *options: str) -> Iterator[Server]:
     command = ["serve", artifact, "--port", "0", "--slots", str(slots), "--threads", str(threads), "--cache", "0"]
+    command += options
     process = subprocess.Popen([sys.executable, "-c", RUN, *command], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -154,24 +155,27 @@ class Bench:
             sys.exit(f"{given.artifact} has {graph.max_batch} slots; export it with --max-batch 9")
         self.given, self.vocabulary = given, graph.vocabulary
         self.prompts = np.random.default_rng(0).integers(3, self.vocabulary, (32, LENGTH)).tolist()
-        self.eight, self.single = (
-            stack.enter_context(serving(given.artifact, slots, given.threads)) for slots in (8, 1)
+        self.eight, self.single, self.inexact = (
+            stack.enter_context(serving(given.artifact, slots, given.threads, *options))
+            for slots, *options in ((8,), (1,), (8, "--no-exact"))
         )
         self.table = Table("what", "tokens/s", "first token, ms", "ratio", "ratio of CPU", title_justify="left")
-        for server in (self.eight, self.single):
+        for server in (self.eight, self.single, self.inexact):
             press(server, self.prompts[:1], 8)
 
     def clients(self) -> dict[int, Round]:
-        """1 to 32 clients of the server of 8 slots, and one of that with one slot; ratios to one client of 8 slots."""
-        rounds: dict[int, list[Round]] = {count: [] for count in (0, *CLIENTS)}  # 0: one client of one slot
+        """1 to 32 clients of the server of 8 slots, and one of the other two; ratios to one client of 8 slots."""
+        lone = {0: self.single, -1: self.inexact}
+        rounds: dict[int, list[Round]] = {count: [] for count in (*lone, *CLIENTS)}
         for _ in range(self.given.rounds):
             for count, loads in rounds.items():
-                server = self.eight if count else self.single
-                loads.append(press(server, self.prompts[: count or 1], self.given.new))
+                server = lone.get(count, self.eight)
+                loads.append(press(server, self.prompts[: max(count, 1)], self.given.new))
         best = {count: max(loads, key=lambda each: each.rate) for count, loads in rounds.items()}
         one = best[1]
         for count, made in best.items():
-            name = f"{count or 1} client{'s' * (count > 1)}, {8 if count else 1} slot{'s' * bool(count)}"
+            name = f"{max(count, 1)} client{'s' * (count > 1)}, "
+            name += {0: "1 slot", -1: "8 slots, --no-exact"}.get(count, "8 slots")
             ratios = made.rate / one.rate, made.tokens / made.cpu / (one.tokens / one.cpu)
             self.row(name, made.rate, float(np.median(made.first)), *ratios)
         return {count: best[count] for count in CLIENTS}

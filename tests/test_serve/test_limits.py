@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import openai
 import pytest
+from conftest import ours, rival
 
 from runtime import load
 from runtime.errors import RequestError
@@ -163,6 +164,18 @@ def test_a_long_prompt_lets_the_others_step(artifact):
         assert counters.steps - before >= 9
         stream.close()
         served.settle()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_step_computes_only_the_slots_in_use_where_bits_may_differ(tmp_path, exact):
+    model = ours(rival(num_attention_heads=1, num_key_value_heads=1))
+    engine = load(make_artifact(tmp_path / "one-head", model, {}))
+    assert engine.session.row_multiple > 1
+    with serving(engine, exact=exact) as served:
+        served.client().completions.create(model="one-head", prompt=[5, 6, 7], max_tokens=4)
+        counters = served.service.scheduler.counters
+        assert counters.steps > 0
+        assert counters.rows == counters.steps * (engine.session.row_multiple if exact else 1)
 
 
 def test_a_key_is_asked_for(artifact, tmp_path):
