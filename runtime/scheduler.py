@@ -159,7 +159,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give the free slots to waiting requests."""
-        if self._waiting and not self.running and self.engine.held is not self._held:
+        if not self._waiting:
+            return
+        if not self.running and self.engine.held is not self._held:
             self._reserve()
         free = sorted(set(range(self.slots)) - {each.slot for each in (*self._prefilling, *self._running)})
         while self._waiting and free:
@@ -272,8 +274,9 @@ class Scheduler:
 
     def _plan(self, stepping: list[Sequence], count: int) -> list[Step]:
         """What each sequence reads in the next step, over the first `count` slots: its unread ids, and guesses."""
-        room = self.engine.graph.max_length - int(self._lengths[:count].max())
-        unread = [len(each.ids) - int(self._lengths[each.slot]) for each in stepping]
+        lengths = self._lengths[:count].tolist()
+        room = self.engine.graph.max_length - max(lengths)
+        unread = [len(each.ids) - lengths[each.slot] for each in stepping]
         if max(unread) > room:  # a slot beside has no room for as many: all but the last are read alone
             for sequence, size in zip(stepping, unread, strict=True):
                 self._read_alone(sequence, size - 1)
@@ -288,12 +291,13 @@ class Scheduler:
 
     def _run(self, steps: list[Step], count: int, plain: bool) -> np.ndarray:
         """Compute the first `count` slots: logits (n, R, V) or, if `plain`, ids (n, R), right-aligned."""
-        new = [[*each.sequence.ids[self._lengths[each.sequence.slot] :], *each.guesses] for each in steps]
+        lengths = self._lengths[:count].tolist()
+        new = [[*each.sequence.ids[lengths[each.sequence.slot] :], *each.guesses] for each in steps]
         length, rows = max(map(len, new)), 1 + max(len(each.guesses) for each in steps)
         ids, sizes = np.zeros((count, length), np.int64), np.zeros(count, np.int64)
         for each, read in zip(steps, new, strict=True):
             ids[each.sequence.slot, : len(read)], sizes[each.sequence.slot] = read, len(read)
-        self._make_room(int(self._lengths[:count].max()) + length)  # idle slots write rows too, behind their own
+        self._make_room(max(lengths) + length)  # idle slots write rows too, behind their own
         session = self.engine.session
         if rows == 1:
             found = session.step(ids, self._lengths, sizes, plain)[:, None]
@@ -343,6 +347,8 @@ class Scheduler:
 
     def _move_together(self) -> None:
         """Move running sequences from behind into free slots before them, so that a step computes few idle slots."""
+        if max(each.slot for each in self._running) < len(self._running):
+            return  # none is free before them
         taken = {each.slot for each in (*self._prefilling, *self._running)}
         for sequence in sorted(self._running, key=lambda each: -each.slot):
             slot = next((slot for slot in range(len(self._running)) if slot not in taken), None)

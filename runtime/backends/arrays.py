@@ -41,7 +41,8 @@ def last_rows(rows: np.ndarray, sequence_lengths: np.ndarray, count: int = 1) ->
 
 def argmax_ids(logits: np.ndarray) -> np.ndarray:
     """The index (…), int64, of the largest of logits (…, V); -1 where they are not all finite."""
-    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1)
+    largest, finite = logits.argmax(-1), np.isfinite(logits)
+    return largest if finite.all() else np.where(finite.all(-1), largest, -1)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

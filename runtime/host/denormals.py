@@ -25,7 +25,7 @@ def flushed_denormals() -> Iterator[None]:
         return
     before = Environment()
     LIBRARY.fegetenv(before)
-    flushing = Environment(*before)
+    flushing = Environment.from_buffer_copy(before)
     flushing[-1] |= FLUSH
     LIBRARY.fesetenv(flushing)
     try:
