@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 
 EVERY_KEY = 2**31 - 1  # a keep window for models that have none
+MOST_LAYERS = 4096  # each is an object of its own, on whatever device; a file may ask for any number
 ROUTINGS = ("token", "batch", "product_keys")
 # The sequence mixers that a config may name, by name: `layers/mixers.py` enters those of this package, and a program
 # may enter its own.
@@ -43,6 +44,8 @@ class DogeConfig(transformers.DogeConfig):
     expert_retrieval_size: int = 64
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; expected at most {MOST_LAYERS}")
         super().__post_init__(**kwargs)
         heads, narrow = self.num_attention_heads, self.key_value_heads
         _check_multiple("hidden_size", self.hidden_size, "num_attention_heads", heads)

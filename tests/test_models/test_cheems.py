@@ -176,6 +176,7 @@ def test_starts_as_mamba_2():
     [
         ({"hidden_size": 60}, "head size"),
         ({"attn_layer_period": 0}, "attn_layer_period is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"attn_layer_offset": 2}, "attn_layer_offset is 2; expected 0 to attn_layer_period - 1, 1"),
         ({"sliding_window": 20}, "sliding_window is 20"),
         ({"ssd_chunk_size": 0}, "ssd_chunk_size is 0"),

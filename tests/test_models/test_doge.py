@@ -174,6 +174,7 @@ def test_fully_padded_rows_stay_finite(tokens):
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size is 64"),
         ({"hidden_size": 60, "num_attention_heads": 4}, "head size"),
         ({"keep_window_size": 0}, "keep_window_size is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected at most 4096"),
         ({"is_moe": True, "num_experts": 15}, "num_experts is 15"),
         ({"is_moe": True, "num_experts": 16, "num_experts_per_tok": 17}, "num_experts_per_tok is 17"),
         ({"expert_routing": "row"}, "expert_routing is 'row'"),
