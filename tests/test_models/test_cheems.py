@@ -132,6 +132,19 @@ def test_generate(model, tokens, cache):
         assert torch.equal(found[slot, padding:], ids[0])
 
 
+@torch.no_grad()
+def test_torch_export_with_a_dynamic_sequence(long_tokens):
+    """One program for every length: less than a chunk of 8, whole chunks, and one token more or less."""
+    model = small(num_hidden_layers=2)
+    sequence = {"input_ids": {1: torch.export.Dim("sequence", min=2, max=512)}, "use_cache": None}
+    sample = {"input_ids": long_tokens[:, :21].contiguous(), "use_cache": False}
+    program = torch.export.export(model, (), sample, dynamic_shapes=sequence).module()
+    for length in (2, 7, 8, 9, 16, 21, 280):
+        ids = long_tokens[:, :length]
+        found = program(input_ids=ids, use_cache=False).logits
+        assert_close(found, model(ids, use_cache=False).logits)
+
+
 def test_gradients_are_finite_differences():
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
     model = small(**sizes, vocab_size=11, pad_token_id=None)  # a padding token's embedding has no gradient, by design

@@ -145,7 +145,8 @@ def scan(
 
     `chunk`, the tokens of a chunk; `state`, the one before them, None for zeros. Tokens that are not `real`, bool
     (B, 1, S), leave the state as it was; before a `first` one, bool (B, 1, S), it is cleared. `by_length` chooses the
-    form, with the arguments of `scan_chunks`; by default it is the recurrence where S is known to be 1.
+    form, with the arguments of `scan_chunks`; by default it is the recurrence where S is known to be 1, and under
+    torch.export the form whose guards hold for every S.
     """
     c, b, x, dt, A = inputs
     if real is not None:
@@ -157,7 +158,8 @@ def scan(
     if state is None:
         state = dt.new_zeros(*x.shape[:2], b.shape[3], x.shape[3])
     if by_length is None:
-        by_length = recur if statically_known_true(x.shape[2] == 1) else scan_chunks
+        chunks = scan_chunks_of_any_length if torch.compiler.is_exporting() else scan_chunks
+        by_length = recur if statically_known_true(x.shape[2] == 1) else chunks
     return by_length(c, b, x, log_decay, state, chunk)
 
 
@@ -183,7 +185,31 @@ def scan_chunks(
         c, b, x = (F.pad(part, (0, 0, 0, padding)) for part in (c, b, x))
         log_decay = F.pad(log_decay, (0, padding))
     c, b, x, log_decay = (part.unflatten(2, (count, chunk)) for part in (c, b, x, log_decay))
+    y, state = _scan(c, b, x, log_decay, state)
+    return y.flatten(2, 3).narrow(2, 0, length), state
 
+
+def scan_chunks_of_any_length(
+    c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `scan_chunks`, for torch.export with a dynamic S.
+
+    torch.export cannot prove that padding to whole chunks is never negative, nor that there is more than one chunk. So
+    tokens are gathered into S // Q + 2 chunks: the last two are empty in part or in whole.
+    """
+    length = x.shape[2]
+    rows = torch.arange(length // chunk + 2, device=x.device)[:, None] * chunk + torch.arange(chunk, device=x.device)
+    inside, rows = rows < length, rows.clamp(max=length - 1)  # (n, Q)
+    c, b, x, log_decay = (part[:, :, rows] for part in (c, b, x, log_decay))
+    x, log_decay = torch.where(inside[..., None], x, 0.0), torch.where(inside, log_decay, 0.0)
+    y, state = _scan(c, b, x, log_decay, state)
+    return y.flatten(2, 3)[:, :, torch.arange(length, device=x.device)], state
+
+
+def _scan(
+    c: torch.Tensor, b: torch.Tensor, x: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole chunks: c and b (B, H, n, Q, N), x (B, H, n, Q, P), log_decay (B, H, n, Q) -> y (B, H, n, Q, P), state."""
     # Inside a chunk: what token j adds, decayed by the tokens after it up to i.
     decay = decays(log_decay)  # (B, H, n, Q, Q)
     y = ((c @ b.mT) * decay).to(x.dtype) @ x
@@ -195,7 +221,7 @@ def scan_chunks(
     states = (between @ states).to(state.dtype).unflatten(3, state.shape[2:])
     # What each token reads of the state that entered its chunk.
     y = y + (summed.exp()[..., None] * (c @ states[:, :, :-1].to(c.dtype))).to(y.dtype)
-    return y.flatten(2, 3).narrow(2, 0, length), states[:, :, -1]
+    return y, states[:, :, -1]
 
 
 def decays(log_decay: torch.Tensor) -> torch.Tensor:
