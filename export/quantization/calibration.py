@@ -17,8 +17,9 @@ from runtime import Engine
 from runtime.artifact.manifest import INPUTS
 from runtime.text.sampling import Sampler, Sampling
 
-Feed: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]  # the inputs of a graph for a row of text (S,)
+Feed: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]  # the inputs of a graph for rows of text (B, S)
 ROWS, LENGTH = 64, 128  # of the calibration text: many rows, since the first tokens of a row lose most
+AT_ONCE = 4  # rows of it that are observed in one run: products over more tokens are faster, and take more memory
 
 
 def written_text(engine: Engine, length: int = 256, seed: int = 0, progress: Progress = SILENT) -> np.ndarray:
@@ -51,7 +52,7 @@ def second_moments(
     """Σ xᵀx, (K, K) float32, over the tokens of `text` (rows, S), of each of the graph's values `names` (B, S, K).
 
     The graph is written to `path`, beside its weights, with these values as further outputs. `feed` gives the inputs
-    for a row of text; by default those of a step graph.
+    for rows of text; by default those of a step graph.
     """
     values = {out.name: out for node in graph.graph for out in node.outputs}
     outputs, order = list(graph.graph.outputs), sorted(set(names))
@@ -62,31 +63,32 @@ def second_moments(
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = feed or _step_feed(graph, text.shape[1])
-    sums = {name: torch.zeros(()) for name in order}
+    sums: dict[str, torch.Tensor] = {}
     progress.stage("observing activations", len(text))
-    for row in text:
-        progress.advance()
-        found = session.run(order, feed(row))
-        for name, value in zip(order, found, strict=True):
+    for start in range(0, len(text), AT_ONCE):
+        rows = text[start : start + AT_ONCE]
+        for name, value in zip(order, session.run(order, feed(rows)), strict=True):
             x = torch.from_numpy(value).flatten(0, -2)
-            sums[name] = sums[name] + x.T @ x
+            total = sums.setdefault(name, torch.zeros(x.shape[1], x.shape[1]))
+            total.addmm_(x.T, x)
+        progress.advance(len(rows))
     return sums
 
 
 def _step_feed(graph: ir.Model, length: int) -> Feed:
     """The inputs of a step graph that reads rows of `length` ids into empty caches."""
-    sizes = {"batch": 1, "capacity": length, "rows": 1}
-    states = {
-        value.name or "": np.zeros(
-            [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],
-            (value.dtype or ir.DataType.FLOAT).numpy(),
-        )
-        for value in graph.graph.inputs
-        if value.name not in INPUTS
-    }
+    others = [value for value in graph.graph.inputs if value.name not in INPUTS]
 
-    def feed(row: np.ndarray) -> dict[str, np.ndarray]:
-        steps = (row[None], np.zeros(1, np.int64), np.array([len(row)]))
+    def feed(rows: np.ndarray) -> dict[str, np.ndarray]:
+        sizes = {"batch": len(rows), "capacity": length, "rows": 1}
+        states = {
+            value.name or "": np.zeros(
+                [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()],
+                (value.dtype or ir.DataType.FLOAT).numpy(),
+            )
+            for value in others
+        }
+        steps = (rows, np.zeros(len(rows), np.int64), np.full(len(rows), length))
         return {**states, **dict(zip(INPUTS, steps, strict=True))}
 
     return feed

@@ -102,7 +102,7 @@ def quantize_graph(
     """The float32 graph in the file `path` with its large weights quantised.
 
     `largest`: weights to a scale at most. `text`: ids (rows, S) of the kind that the model will read, of a scheme that
-    calibrates. `feed` gives the graph's inputs for a row of it, see `second_moments`.
+    calibrates. `feed` gives the graph's inputs for rows of it, see `second_moments`.
     """
     graph = ir.load(path)
     uses = list(quantizable(graph))

@@ -228,13 +228,13 @@ def _quantized(
 
 
 def _feed(config: DogeConfig) -> Feed:
-    """The inputs for a row of text, float32, with empty caches."""
-    empty = np.zeros((1, config.key_value_heads, 0, config.head_size), np.float32)
+    """The inputs for rows of text, float32, with empty caches."""
     layers = range(config.num_hidden_layers)
-    caches = {f"past_key_values.{layer}.{half}": empty for layer in layers for half in ("key", "value")}
 
-    def feed(row: np.ndarray) -> dict[str, np.ndarray]:
-        ids = row[None]
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), POSITIONS: np.arange(len(row))[None], **caches}
+    def feed(rows: np.ndarray) -> dict[str, np.ndarray]:
+        empty = np.zeros((len(rows), config.key_value_heads, 0, config.head_size), np.float32)
+        caches = {f"past_key_values.{layer}.{half}": empty for layer in layers for half in ("key", "value")}
+        positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+        return {"input_ids": rows, "attention_mask": np.ones_like(rows), POSITIONS: positions, **caches}
 
     return feed

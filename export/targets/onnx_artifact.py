@@ -26,6 +26,7 @@ from export.verification.reference import references
 from runtime import load
 from runtime.artifact.manifest import LOGITS, Graph, Manifest
 from runtime.console import option
+from runtime.host.memory import return_freed
 from wm_models.decoder import DecoderWithHead
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,12 +106,12 @@ class OnnxTarget(Target[OnnxOptions]):
             if options.quantize is not None:
                 description = describe(graph, config, 0, _exact(contract))
                 save_graph(graph, Path(exact), "float32")
-                release_weights(model)
+                release_weights(model, graph)
                 scheme, largest = SCHEMES[options.quantize], options.block_size
                 graph = _quantized(Path(exact), description, scheme, largest or scheme.block, draft)
             draft.progress.stage("writing")
             save_graph(graph, draft.directory, contract.dtype, contract.quantization)
-            release_weights(model)
+            release_weights(model, graph)
             if options.capacity is not None:
                 write_fixed(draft.directory, contract, options.capacity)
         draft.manifest, draft.report = describe(graph, config, parameters, contract), options.report
@@ -130,10 +131,16 @@ def write_fixed(directory: Path, contract: Graph, capacity: int) -> None:
     ir.save(model, directory / FIXED)
 
 
-def release_weights(model: DecoderWithHead) -> None:
-    """Free the weights of a model whose graph is written: the exporter's optimizer keeps hold of the latest graph."""
+def release_weights(model: DecoderWithHead, graph: ir.Model) -> None:
+    """Free the weights of a model and of its graph, which is written.
+
+    A graph's matrices are transposed copies of the model's. The exporter's optimizer keeps hold of the latest graph.
+    """
+    for value in graph.graph.initializers.values():
+        value.const_value = None
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
+    return_freed()
 
 
 def check_model(model: DecoderWithHead, source: str, dtype: torch.dtype) -> None:
