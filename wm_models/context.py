@@ -74,8 +74,12 @@ class CacheContext:
 
     The cache holds packed keys, so a key's bias is computed once and kept beside it. Where the cache is empty there is
     no S×L mask. A sequence that fits the keep window has padding written into the biases of the padded keys, and
-    documents packed into one row are kept apart by channels of their index. A longer one is taken in blocks. Only a
-    sliding window, a dropped share of keys and a cache in use need the mask.
+    documents packed into one row are kept apart by channels of their index. A longer one is taken in blocks.
+
+    Three cases need the mask. A cache in use has its keys where they are. With a sliding window a key that was not
+    among the w largest may be so later, when larger ones have left the window, so w + b candidates a block are not
+    enough. A dropped share of keys leaves a number of keys that grows with the sequence, and a query that sees none of
+    them attends to later keys.
     """
 
     def __init__(

@@ -1,5 +1,10 @@
 """Selection by blocks equals attention under a mask over all keys: outputs and gradients, ties included."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +86,71 @@ def test_float32_against_float64(biases):
     slopes = torch.autograd.grad(exact.square().sum(), inputs), torch.autograd.grad(found.square().sum(), narrow)
     for one, other in zip((exact, *slopes[0]), (found, *slopes[1]), strict=True):
         assert (one - other.double()).abs().max() <= 1e-5 * one.abs().max()
+
+
+@pytest.mark.parametrize("biases", ["random", "equal", "few"])
+def test_bfloat16_errs_no_more_than_the_mask(biases):
+    """Both from the same bfloat16 numbers; the judge computes from them in float64."""
+    inputs, _ = draw_inputs(0, 1, 2, 2, 300, False, biases)
+    narrow = [part.detach().bfloat16().requires_grad_() for part in inputs]
+    exact = [part.detach().double().requires_grad_() for part in narrow]
+    masked, blocks = attend_all(*narrow, 64, None, None), attend_blocks(*narrow, SCALE, 64, 32)
+    judge = attend_all(*exact, 64, None, None)
+    results = []
+    for y, sources in ((judge, exact), (masked, narrow), (blocks, narrow)):
+        results.append([y, *torch.autograd.grad(y, sources, judge.detach().to(y.dtype))])
+    for right, one, other in zip(*results, strict=True):
+        error, allowed = ((part.double() - right).norm() for part in (other, one))
+        assert error <= 1.25 * allowed, (error, allowed)
+
+
+DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from conftest import SMALL, randomise
+from wm_models import DogeConfig, DogeForCausalLM
+
+def gradients(model, ids):
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    return [part.full_tensor() if isinstance(part, DTensor) else part for part in found]
+
+def build():
+    model = DogeForCausalLM(DogeConfig(**{**SMALL, "num_hidden_layers": 2, "keep_window_size": 8})).double()
+    randomise(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+ids = torch.randint(0, SMALL["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
+expected = gradients(build(), ids)
+sharded = build()
+mesh = init_device_mesh("cpu", (2,))
+for layer in sharded.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+for model in (DistributedDataParallel(build()), sharded):
+    for found, right in zip(gradients(model, ids[rank : rank + 1]), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)  # the loss is float32
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    """DDP and FSDP2, with checkpointed layers: a row in each process has the gradients of both rows in one."""
+    program = tmp_path / "program.py"
+    program.write_text(DISTRIBUTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
