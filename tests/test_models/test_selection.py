@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_models.layers.attention import attend_packed, keep_largest, pack_keys
+from wm_models.layers.attention import attend_packed, drop_smallest, keep_largest, pack_keys
 from wm_models.layers.selection import attend_blocks
 
 SIZE = 8
@@ -165,3 +165,20 @@ def test_one_graph_and_no_recompilation():
             found.sum().backward()
             expected = attend_all(*(part.detach() for part in inputs), 16, None, documents)
             torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_not_enough_for_a_sliding_window():
+    """A key that query 2 leaves out is kept by query 3, whose window has lost the largest one."""
+    bias = torch.tensor([3.0, 1.0, 2.0, 0.5], dtype=torch.float64)[None, None, None]
+    places = torch.arange(4)
+    visible = (places <= places[:, None]) & (places > places[:, None] - 3)
+    kept = keep_largest(bias, visible[None, None], 2)[0, 0] > torch.finfo(bias.dtype).min
+    assert kept[2:].tolist() == [[True, False, True, False], [False, True, True, False]]
+
+
+def test_blocks_are_not_enough_for_a_dropped_share():
+    """Query 0 sees only a dropped key, so it attends to it and to the later keys that stay, as those models do."""
+    bias = torch.tensor([0.5, 3.0, 2.0, 1.0], dtype=torch.float64)[None, None, None]
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
+    mask = drop_smallest(bias, visible, torch.tensor([4]), 0.75)[0, 0]  # keys 0 and 3 go
+    assert mask.softmax(-1)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])

@@ -229,6 +229,18 @@ def test_cheems_is_tuned_too(chats, tmp_path):
     assert type(CheemsForCausalLM.from_pretrained(tmp_path / "out")) is CheemsForCausalLM
 
 
+@pytest.mark.slow
+def test_compiled_as_eager(base, chats, tmp_path):
+    """`compile` changes no loss of tuning on chats."""
+    curves = []
+    for compiled in (False, True):
+        values = {**VALUES, "task": "sft", "base": str(base), "data": [str(chats)], "steps": 2, "compile": compiled}
+        out = tmp_path / str(compiled)
+        train(Recipe(**values), out)
+        curves.append(curve(out, 2))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
 def test_dry_run(recipe):
     found = estimate(recipe)
     assert found.parameters > 0
