@@ -31,6 +31,7 @@ def inspect_artifact(directory: str | Path) -> Inspection:
     values = [("input", value) for value in graph.inputs] + [("output", value) for value in graph.outputs]
     summary = (
         f"{artifact.path}: {artifact.model_type}, {artifact.parameters:,} parameters, {artifact.graph.dtype}, "
+        f"{artifact.graph.cache_dtype} caches, "
         f"up to {artifact.graph.max_length} tokens in each of {artifact.graph.max_batch} slots, "
         f"{'verified' if artifact.verified else 'NOT VERIFIED'}"
     )

@@ -197,7 +197,8 @@ def own_precision(artifact: Artifact) -> Precision:
 def step_costs(artifact: Artifact, parts: list[Part], precision: Precision, batch: int, context: int) -> list[Cost]:
     """Of a decode step of `batch` slots that hold `context` tokens each, by module.
 
-    Of keys and values those are read that a model attends to: with a keep window so many. A state without rows is read
+    Of keys and values those are read that a model attends to: with a keep window so many. Where they are int8 they stay
+    so at every precision. A state without rows is read
     and written. What is written to caches, activations and elementwise operations are left out: they are small.
     """
     kept = min(context, artifact.read_json("config.json").get("keep_window_size", context))
@@ -221,6 +222,8 @@ def _state_numbers(state: State, kept: int, rows: int) -> int:
 
 
 def _state_width(state: State, precision: Precision) -> int:
+    if state.dtype == "int8":
+        return 1
     return precision.width if "capacity" in state.shape else 4  # a recurrence's state is float32 always
 
 

@@ -1,9 +1,9 @@
-"""What activations look like: text that the model writes itself, and the activations' second moments on it.
+"""What activations look like: text that the model writes itself, and the activations and their second moments on it.
 
 B batch (rows of text), S tokens, K input features, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,6 +51,27 @@ def second_moments(
 ) -> dict[str, torch.Tensor]:
     """Σ xᵀx, (K, K) float32, over the tokens of `text` (rows, S), of each of the graph's values `names` (B, S, K).
 
+    The other arguments are those of `observe`.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    for found in observe(graph, path, text, names, feed, progress):
+        for name, value in found.items():
+            x = torch.from_numpy(value).flatten(0, -2)
+            total = sums.setdefault(name, torch.zeros(x.shape[1], x.shape[1]))
+            total.addmm_(x.T, x)
+    return sums
+
+
+def observe(
+    graph: ir.Model,
+    path: Path,
+    text: np.ndarray,
+    names: Sequence[str],
+    feed: Feed | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the graph's values `names` are on `text` (rows, S), by name, `AT_ONCE` rows at a time.
+
     The graph is written to `path`, beside its weights, with these values as further outputs. `feed` gives the inputs
     for rows of text; by default those of a step graph.
     """
@@ -63,16 +84,11 @@ def second_moments(
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = feed or _step_feed(graph, text.shape[1])
-    sums: dict[str, torch.Tensor] = {}
     progress.stage("observing activations", len(text))
     for start in range(0, len(text), AT_ONCE):
         rows = text[start : start + AT_ONCE]
-        for name, value in zip(order, session.run(order, feed(rows)), strict=True):
-            x = torch.from_numpy(value).flatten(0, -2)
-            total = sums.setdefault(name, torch.zeros(x.shape[1], x.shape[1]))
-            total.addmm_(x.T, x)
+        yield dict(zip(order, session.run(order, feed(rows)), strict=True))
         progress.advance(len(rows))
-    return sums
 
 
 def _step_feed(graph: ir.Model, length: int) -> Feed:

@@ -69,6 +69,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("hidden size", config.get("hidden_size")),
         ("vocabulary", graph.vocabulary),
         ("arithmetic", graph.dtype),
+        ("keys and values in caches", graph.cache_dtype),
         ("quantisation", graph.quantization),
         ("most tokens of a slot", graph.max_length),
         ("most slots", graph.max_batch),

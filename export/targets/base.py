@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from export.errors import ExportError
 from export.package.directory import check_free, replacing
 from export.package.manifest import write_manifest
 from export.progress import SILENT, Progress
@@ -16,7 +17,7 @@ from export.source import Source
 from export.verification.comparison import Comparison, summary
 from export.verification.judging import Expected, check_artifact
 from export.verification.record import Origin, record_comparisons
-from runtime.artifact.manifest import Artifact, Manifest
+from runtime.artifact.manifest import Artifact, Graph, Manifest
 from runtime.backends.base import Options as SessionOptions
 from runtime.backends.base import Session
 from runtime.backends.registry import BACKENDS
@@ -73,6 +74,12 @@ class Draft:
     def add_section(self, name: str, value: Any) -> None:
         """Give the manifest a section of the target's own, in the place of one of this name; `value` becomes JSON."""
         self.manifest = replace(self.manifest, sections={**self.manifest.sections, name: value})
+
+
+def check_float_caches(graph: Graph, source: str, reason: str) -> None:
+    """Raise `ExportError` where the caches are int8, which a target cannot take for this `reason`."""
+    if graph.cache_dtype == "int8":
+        raise ExportError(f"{source}: its keys and values are int8, and {reason}; export without --kv-cache-dtype")
 
 
 class Target(ABC, Generic[Options]):

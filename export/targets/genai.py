@@ -19,7 +19,7 @@ from export.package.directory import write_json
 from export.package.graph_files import WEIGHTS
 from export.package.manifest import write_manifest
 from export.rewrites.genai_layout import HALVES, PAST, PRESENT, genai_layout, to_genai
-from export.targets.base import Draft, Target
+from export.targets.base import Draft, Target, check_float_caches
 from export.targets.onnx_artifact import ONNX, OnnxOptions
 from export.targets.tensorrt import copy_artifact
 from export.verification.comparison import worst
@@ -31,6 +31,7 @@ from runtime.backends.base import Session
 
 GRAPH = "model.genai.onnx"
 SECTION = "genai"  # of the manifest
+FLOAT_CACHES = "onnxruntime-genai has one dtype for all caches, and the biases are floats"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # of generation_config.json
 
@@ -52,10 +53,13 @@ class GenaiTarget(Target[GenaiOptions]):
         Raises `VerificationError` where the ONNX graph is not the eager model's.
         """
         expected = Expected(draft.load_model)
+        if options.kv_cache_dtype is not None:
+            raise ExportError(f"--kv-cache-dtype is {options.kv_cache_dtype}: {FLOAT_CACHES}; leave it out")
         if (Path(draft.source) / MANIFEST).is_file():
             if options != GenaiOptions():
                 raise ExportError(f"{draft.source}: is an artifact, which stays as it is; export its checkpoint anew")
             artifact = copy_artifact(draft, None)
+            check_float_caches(artifact.graph, draft.source, FLOAT_CACHES)
             origin = read_origin(artifact, None)
             draft.source, draft.seed = origin.source, origin.seed
         else:

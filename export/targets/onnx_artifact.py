@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -14,8 +15,9 @@ from export.errors import ExportError
 from export.lower import cache_window, lower
 from export.package.graph_files import CPU_GRAPH, GRAPH, save_graph
 from export.package.manifest import capacities, describe, label_count, parameter_count, write_manifest
+from export.quantization.caches import cache_scales, quantize_caches
 from export.quantization.calibration import LENGTH, ROWS, written_text
-from export.quantization.schemes import BLOCKS, SCHEMES, Scheme
+from export.quantization.schemes import BLOCKS, SCHEMES
 from export.quantization.weights import quantize_graph
 from export.rewrites.fixed_capacity import fix_capacity
 from export.rewrites.last_row import take_last_row
@@ -30,6 +32,7 @@ from runtime.host.memory import return_freed
 from wm_models.decoder import DecoderWithHead
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KV_CACHE_DTYPES = ("int8",)  # besides the graph's own
 FIXED = "model.fixed.onnx"  # the portable graph with caches of one size
 SPARE = 128  # rows of a cache beyond the keep window: the most tokens of a prefill's step, and the steps between moves
 DEFAULT_BLOCKS = ", ".join(f"{scheme.block} with {name}" for name, scheme in SCHEMES.items())
@@ -50,6 +53,9 @@ class OnnxOptions:
         None,
         f"Weights to a scale at most: {', '.join(map(str, BLOCKS))}. More are faster and less exact. "
         f"Default: {DEFAULT_BLOCKS}.",
+    )
+    kv_cache_dtype: str | None = option(
+        None, f"Store the caches of keys and values as {' or '.join(KV_CACHE_DTYPES)}. Default: as --dtype."
     )
     max_length: int | None = option(None, "Most tokens a slot holds. Default: all that RoPE allows.")
     max_batch: int = option(8, "Most slots a step serves.")
@@ -74,6 +80,12 @@ class OnnxOptions:
             raise ExportError(
                 f"--block-size is {self.block_size} with --quantize {self.quantize or 'unset'}; expected one of "
                 f"{', '.join(map(str, BLOCKS))}, with --quantize"
+            )
+        wanted = self.kv_cache_dtype
+        if wanted is not None and (wanted not in KV_CACHE_DTYPES or self.dtype == "bf16"):
+            raise ExportError(
+                f"--kv-cache-dtype is {wanted!r} with --dtype {self.dtype}; expected {' or '.join(KV_CACHE_DTYPES)}, "
+                "with --dtype fp32 or fp16"
             )
         if self.logits not in LOGITS:
             raise ExportError(f"--logits is {self.logits!r}; expected one of {', '.join(LOGITS)}")
@@ -103,12 +115,11 @@ class OnnxTarget(Target[OnnxOptions]):
         bounds = {"max_batch": max(contract.max_batch, ROWS), "max_length": contract.max_length}
         graph = lower(model, all_logits=options.logits == "all", window=contract.window, **bounds)
         with TemporaryDirectory(dir=draft.directory) as exact:
-            if options.quantize is not None:
+            if options.quantize is not None or options.kv_cache_dtype is not None:
                 description = describe(graph, config, 0, _exact(contract))
-                save_graph(graph, Path(exact), "float32")
+                save_graph(graph, Path(exact), contract.dtype)
                 release_weights(model, graph)
-                scheme, largest = SCHEMES[options.quantize], options.block_size
-                graph = _quantized(Path(exact), description, scheme, largest or scheme.block, draft)
+                graph = _quantized(Path(exact), description, options, draft)
             draft.progress.stage("writing")
             save_graph(graph, draft.directory, contract.dtype, contract.quantization)
             release_weights(model, graph)
@@ -177,7 +188,7 @@ def _contract(model: DecoderWithHead, options: OnnxOptions) -> Graph:
 
 
 def _exact(contract: Graph) -> Graph:
-    """The contract of the float32 graph that a quantised one is made of; it writes `ROWS` rows of text at a time."""
+    """The contract of the float graph that a quantised one is made of; it writes `ROWS` rows of text at a time."""
     return replace(contract, max_batch=ROWS, quantization="none", cpu_file=GRAPH)
 
 
@@ -190,14 +201,23 @@ def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
     return length
 
 
-def _quantized(exact: Path, manifest: Manifest, scheme: Scheme, largest: int, draft: Draft) -> ir.Model:
-    """The float32 graph in the directory `exact` with quantised weights, at most `largest` to a scale.
+def _quantized(exact: Path, manifest: Manifest, options: OnnxOptions, draft: Draft) -> ir.Model:
+    """The float graph in the directory `exact` with the weights and caches quantised that `options` name.
 
     The directory becomes an artifact, which writes the calibration text.
     """
-    text = None
-    if scheme.calibrates:
+    path, text = exact / manifest.graph.file, np.zeros((0, 0), np.int64)
+    scheme = None if options.quantize is None else SCHEMES[options.quantize]
+    calibrated = scheme is not None and scheme.calibrates
+    if calibrated or options.kv_cache_dtype is not None:
         write_manifest(exact, manifest, verified=False)
         with load(exact, "cpu", allow_unverified=True) as engine:
             text = written_text(engine, LENGTH, progress=draft.progress)
-    return quantize_graph(exact / manifest.graph.file, scheme, largest, text, progress=draft.progress)
+    scales = {} if options.kv_cache_dtype is None else cache_scales(path, text, draft.progress)
+    if scheme is None:
+        graph = ir.load(path)
+    else:
+        largest = options.block_size or scheme.block
+        graph = quantize_graph(path, scheme, largest, text if calibrated else None, progress=draft.progress)
+    quantize_caches(graph, scales)
+    return graph

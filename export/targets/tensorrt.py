@@ -24,7 +24,7 @@ from export.rewrites.names import MODULE
 from export.rewrites.narrow_float64 import narrow_float64
 from export.rewrites.next_ids import add_next_ids
 from export.rewrites.rotary_positions import separate_rotary_positions
-from export.targets.base import Draft, Table, Target, write_verified
+from export.targets.base import Draft, Table, Target, check_float_caches, write_verified
 from export.targets.onnx_artifact import DTYPES, ONNX, OnnxOptions
 from export.targets.tensorrt_builder import check_layers, run_builder
 from export.verification.comparison import worst
@@ -49,6 +49,7 @@ LAYERS = (
     "RotaryEmbedding",
     "DequantizeLinear",
 )  # the operators that must become a layer each
+FLOAT_CACHES = "TensorRT's cache update takes float32, float16 and bfloat16"
 # What an engine of tensorrt-rtx runs on where no target is named (its documentation); later GPUs too.
 RTX_DEFAULTS = ("8.0", "8.6", "8.9", "12.0")
 
@@ -104,6 +105,7 @@ class TensorRTTarget(Target[TensorRTOptions]):
             if not all(comparison.passed for comparison in comparisons):
                 raise VerificationError(f"{draft.source}: {worst(comparisons)}; no engine is built of such a graph")
         artifact = read_artifact(draft.directory, allow_unverified=True)
+        check_float_caches(artifact.graph, draft.source, FLOAT_CACHES)
         entry = add_engine(artifact, builder, capabilities, options, draft.progress)
         others = draft.manifest.sections.get(ENGINES, [])
         draft.add_section(ENGINES, [*(each for each in others if each["file"] != entry["file"]), entry])

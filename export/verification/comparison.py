@@ -15,8 +15,9 @@ from export.verification.cases import Case
 from runtime.artifact.manifest import Graph
 
 LOGIT_TOLERANCE = 1e-4  # times max(1, max|logit|), float32
-# Limits of the mean KL divergence, in nats a position. A quantisation scheme has its own.
+# Limits of the mean KL divergence, in nats a position. A quantisation scheme of weights has its own.
 NARROW_KL_LIMIT = 1e-3  # float16 and bfloat16, against the float32 model
+INT8_CACHE_KL_LIMIT = find_scheme("int8").kl_limit  # int8 caches of a graph whose weights are floats
 ROUNDED_PRODUCTS_KL_LIMIT = 2e-3  # between two graphs over the same codes, one of which rounds activations to 8 bits
 
 
@@ -39,6 +40,8 @@ def kl_limit(graph: Graph) -> float | None:
     """The limit of the mean KL divergence for a graph; None where logits are compared one by one."""
     if graph.quantization != "none":
         return find_scheme(graph.quantization).kl_limit
+    if graph.cache_dtype == "int8":
+        return INT8_CACHE_KL_LIMIT
     return None if graph.dtype == "float32" else NARROW_KL_LIMIT
 
 

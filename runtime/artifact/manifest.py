@@ -29,8 +29,9 @@ EVICTED = "dropped_lengths"  # the input that a graph with a window has besides:
 LOGITS_INDEX = "logits_index"  # the input of an indexed graph, (B, R): which of the S new tokens get logits
 NEXT_IDS = "next_ids"  # an engine's output beside the graph's own: the argmax of each row of logits
 DTYPES = ("float32", "float16", "bfloat16")
+STATE_DTYPES = (*DTYPES, "int8")
 LOGITS = ("last", "all")
-ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto's numbers
+ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "int8": 3}  # onnx.TensorProto's numbers
 
 # Far beyond any model, and small enough that reading up to them harms no machine.
 MOST_FILES, MOST_STATES, MOST_CAPACITIES = 256, 1 << 14, 256
@@ -44,7 +45,10 @@ PlainName = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
 
 @dataclass(frozen=True)
 class State:
-    """One cache: its names in the graph, and its shape, in which "batch" and "capacity" stand for B and C."""
+    """One cache: its names in the graph, and its shape, in which "batch" and "capacity" stand for B and C.
+
+    `dtype`: the graph's, float32 of a recurrence's state, or int8 of keys and values, whose scales are the graph's own.
+    """
 
     input: str
     output: str
@@ -52,7 +56,7 @@ class State:
     dtype: str
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("dtype", self.dtype, STATE_DTYPES)
 
     def sized(self, batch: int, capacity: int) -> tuple[int, ...]:
         names = {"batch": batch, "capacity": capacity}
@@ -81,12 +85,13 @@ class Graph:
     """What a step graph takes, gives and allows.
 
     `file`: the portable ONNX graph. `cpu_file`: the graph that runs on a CPU: `file`, or one with operators that suit
-    a CPU better. `dtype`: of caches, logits, and weights without a `quantization`, whose name is the exporter's, "none"
-    for none. `logits`: "last", of each slot's last real token, or "all". `indexed`: of "last", whether its input
-    `logits_index` names the tokens instead; else a step gives one row of logits a slot. `vocabulary`: V. `max_batch`:
-    the most slots. `max_length`: the most tokens of a slot. `capacities`: the values of C, rising, the last of them
-    `max_length`. `states`: the caches. `window`: of a graph that evicts rows. `labels`: how many a classifier has.
-    `opset`: the version of ONNX's operators. Raises ValueError for values that contradict each other.
+    a CPU better. `dtype`: of logits, of weights without a `quantization`, whose name is the exporter's, "none" for
+    none, and of caches whose state names no other. `logits`: "last", of each slot's last real token, or "all".
+    `indexed`: of "last", whether its input `logits_index` names the tokens instead; else a step gives one row of
+    logits a slot. `vocabulary`: V. `max_batch`: the most slots. `max_length`: the most tokens of a slot. `capacities`:
+    the values of C, rising, the last of them `max_length`. `states`: the caches. `window`: of a graph that evicts rows.
+    `labels`: how many a classifier has. `opset`: the version of ONNX's operators. Raises ValueError for values that
+    contradict each other.
     """
 
     file: str
@@ -131,6 +136,11 @@ class Graph:
     def logits_width(self) -> int:
         """The logits of a token: one for each id of the vocabulary, or for each label."""
         return self.vocabulary if self.labels is None else self.labels
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values: "int8", or `dtype`."""
+        return "int8" if any(state.dtype == "int8" for state in self.states) else self.dtype
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from runtime.artifact.manifest import State
 
-STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16
+# What numpy keeps a dtype in; it has no bfloat16.
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
 
 
 def state_bytes(state: State, batch: int, rows: int) -> int:

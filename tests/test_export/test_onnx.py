@@ -224,6 +224,8 @@ def test_verify_again_and_with_another_model(exported, tmp_path):
         ({"max_batch": 0}, "--max-batch is 0"),
         ({"max_length": 513}, "--max-length is 513.*allows 2 to 512"),
         ({"max_length": 1}, "--max-length is 1"),
+        ({"kv_cache_dtype": "int4"}, "--kv-cache-dtype is 'int4' with --dtype fp32; expected int8"),
+        ({"kv_cache_dtype": "int8", "dtype": "bf16"}, "--kv-cache-dtype is 'int8' with --dtype bf16; expected int8"),
     ],
 )
 def test_option_errors(exported, tmp_path, options, words):

@@ -230,6 +230,31 @@ def residual_dropped(m: Mutable) -> None:
     node.input[0] = node.input[1]
 
 
+def cache_scales_of_two_layers_swapped(m: Mutable) -> None:
+    """In DequantizeLinear alone: swapped in both operators they are another, coarser rounding."""
+    first, last = (node for node in m.nodes("DequantizeLinear") if ".value" in node.name)
+    first.input[1], last.input[1] = last.input[1], first.input[1]
+
+
+def cache_scales_of_two_heads_swapped(m: Mutable) -> None:
+    node = m.nodes("DequantizeLinear")[-1]
+    tensor = m.initializer(node.input[1])
+    node.input[1] = m.constant(numpy_helper.to_array(tensor)[::-1].copy())
+
+
+def cache_scales_too_small(m: Mutable) -> None:
+    """By four in both operators: what is beyond a quarter of the largest is cut off."""
+    for tensor in [tensor for tensor in m.graph.initializer if tensor.name.endswith(".scale")]:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float32(4), tensor.name))
+
+
+# Of a graph whose keys and values are int8.
+CACHE_MUTANTS: list[Callable[[Mutable], None]] = [
+    cache_scales_of_two_layers_swapped,
+    cache_scales_of_two_heads_swapped,
+    cache_scales_too_small,
+]
+
 MUTANTS: list[Callable[[Mutable], None]] = [
     wrong_rope_base,
     rotation_backwards,
@@ -272,10 +297,11 @@ def judge(artifact: Path, mutate: Callable[[Mutable], None], place: Path) -> lis
     return verify(place)
 
 
-def make_sound(root: Path, fresh: bool) -> Path:
+def make_sound(root: Path, fresh: bool, kv_cache_dtype: str | None = None) -> Path:
     """An artifact that selects keys: of a randomised checkpoint, or of one as training starts, with A = 0."""
     source = make_checkpoint(root / "checkpoint", fresh, **SIZES)
-    verdicts = export_onnx(source, root / "artifact", OnnxOptions(max_length=120, max_batch=3))
+    options = OnnxOptions(max_length=120, max_batch=3, kv_cache_dtype=kv_cache_dtype)
+    verdicts = export_onnx(source, root / "artifact", options)
     assert all(verdict.passed for verdict in verdicts)
     return root / "artifact"
 

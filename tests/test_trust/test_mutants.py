@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from test_trust.mutants import MUTANTS, SAME_WHEN_FRESH, judge, make_sound
+from test_trust.mutants import CACHE_MUTANTS, MUTANTS, SAME_WHEN_FRESH, judge, make_sound
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,16 @@ def test_a_mutant_is_caught(sound, tmp_path, mutate):
     verdicts = judge(sound[False], mutate, tmp_path / "mutant")
     assert not all(verdict.passed for verdict in verdicts)
     assert json.loads((tmp_path / "mutant" / "manifest.json").read_text())["verified"] is False
+
+
+@pytest.fixture(scope="module")
+def sound_int8_cache(tmp_path_factory):
+    return make_sound(tmp_path_factory.mktemp("int8"), False, "int8")
+
+
+@pytest.mark.parametrize("mutate", CACHE_MUTANTS, ids=lambda mutate: mutate.__name__)
+def test_a_mutant_of_an_int8_cache_is_caught(sound_int8_cache, tmp_path, mutate):
+    assert not all(verdict.passed for verdict in judge(sound_int8_cache, mutate, tmp_path / "mutant"))
 
 
 BIAS = [mutate for mutate in MUTANTS if any(word in mutate.__name__ for word in ("bias", "selection"))]
