@@ -56,8 +56,8 @@ def test_what_would_not_be_read_is_not_written():
         replace(manifest.graph, logits="all", indexed=True)
     with pytest.raises(ValueError, match="keep is 8; expected 1 to 7"):
         Window(8, 8)
-    with pytest.raises(ValueError, match="dtype is 'int8'; expected one of float32, float16, bfloat16"):
-        State("x", "y", ("batch",), "int8")
+    with pytest.raises(ValueError, match="dtype is 'int4'; expected one of float32, float16, bfloat16, int8"):
+        State("x", "y", ("batch",), "int4")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_would_not_be_read_is_not_written():
         (lambda m: m["graph"].update(quantization="x" * 200), "graph.quantization is 'xxx"),
         (lambda m: m["graph"].pop("states"), "graph.states is missing"),
         (lambda m: m["graph"].update(logits="some"), "graph: logits is 'some'; expected one of last, all"),
-        (lambda m: m["graph"]["states"][1].update(dtype="int8"), r"graph.states\[1\]: dtype is 'int8'"),
+        (lambda m: m["graph"]["states"][1].update(dtype="int4"), r"graph.states\[1\]: dtype is 'int4'"),
         (lambda m: m["graph"]["states"][1].update(output=3), r"graph.states\[1\].output is int; expected str"),
         (lambda m: m["graph"]["states"][1].update(shape=["batch", 0]), r"graph.states\[1\].shape\[1\] is 0; expected"),
         (lambda m: m["graph"]["states"][1].update(shape=["batch", "x"]), r"graph.states\[1\].shape\[1\]"),
