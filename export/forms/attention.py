@@ -9,20 +9,22 @@ from torch.nn import functional as F
 
 from export.forms.options import FormOptions
 from export.forms.projection import HeadProjection, fixed, fold_scale
-from wm_models.layers.attention import AttentionCache, DMAttention, compose
+from wm_models.layers.attention import AttentionCache, DMAttention, KeyBias, compose
 
 
 class AttentionProjection(HeadProjection):
     """Query, key and value as one product, and dt as another, over x.
 
     dt is linear in the value and the value in x, so dt's weight on x is the product of two weights, taken in float64.
-    Each of its rows is there `repeat` times. With `exact` it stays float64, as in `DMAttention.project_dt`.
+    Each of its rows is there `repeat` times. With `exact` it stays float64, as in `DMAttention.project_dt`. Else it is
+    float32 in narrow models too: the bias is an exponential of dt, and what bfloat16 rounds off dt can be one unit of a
+    large bias.
     """
 
     def __init__(self, attention: DMAttention, repeat: int, exact: bool):
         super().__init__((attention.q_proj, attention.k_proj, attention.v_proj), attention.head_size)
         weight, bias = compose(attention.v_proj, attention.dt_proj)
-        dtype = torch.float64 if exact else attention.dt_proj.weight.dtype
+        dtype = torch.float64 if exact else torch.float32
         self.dt_weight = fixed(weight.repeat_interleave(repeat, 0).to(dtype))
         self.dt_bias = None if bias is None else fixed(bias.repeat_interleave(repeat).to(dtype))
 
@@ -42,6 +44,18 @@ class PowerBias(nn.Module):
         return torch.pow(1.0 + torch.exp(dt), A).to(self.dtype).transpose(1, 2)
 
 
+class RoundedBias(KeyBias):
+    """`KeyBias` in float32, rounded to the model's dtype at the end alone."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """dt (B, S, Hm), A (Hm), both float32 -> (B, Hm, S), in the model's dtype."""
+        return super().forward(dt, A).to(self.dtype)
+
+
 class AttentionForm(DMAttention):
     """`DMAttention` with its projections side by side and its scale in the weights of the query.
 
@@ -55,18 +69,17 @@ class AttentionForm(DMAttention):
         self.layer, self.head_size = attention.layer, attention.head_size
         self.key_value_heads = attention.key_value_heads
         self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
-        self.key_bias = PowerBias(attention.A.dtype) if options.selects else attention.key_bias
+        self.key_bias = (PowerBias if options.selects else RoundedBias)(attention.A.dtype)
         self.scale = 1.0
         with torch.no_grad():
             fold_scale(attention)
             heads, rows = attention.q_proj.out_features // self.head_size, attention.A.shape[0]
             repeat = 1 if options.evicts else heads // rows
             self.fused = AttentionProjection(attention, repeat, options.selects)
-            A = attention.A.double() if options.selects else attention.A
-            self.A = fixed(A.repeat_interleave(repeat))
+            self.A = fixed(attention.A.repeat_interleave(repeat).to(self.fused.dt_weight.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """In the model's dtype, which is not A's where the bias is computed in float64."""
+        """In the model's dtype, which is not A's where the bias is computed in a wider one."""
         return AttentionCache(*(state.to(self.fused.weight.dtype) for state in super().new_cache(batch, capacity)))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -43,6 +43,7 @@ def test_every_path_and_option_that_it_names_is_there(served):
     named = set(re.findall(r"(?:GET|POST) (/[\w/]*)", README))
     assert named == paths
     options = {name.replace("_", "-") for name in ServeOptions.__dataclass_fields__}
+    options |= {f"no-{name}" for name, value in vars(ServeOptions()).items() if value is True}
     assert {name for name in re.findall(r"`--([\w-]+)", README) if name != "requests"} <= options
 
 
