@@ -35,7 +35,10 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """A choice of `--dtype` or `--quantize`: bytes of a float, and the scheme of the large weights or None."""
+    """A choice of `--dtype` or `--quantize`: bytes of a float, and the scheme of the large weights or None.
+
+    The weights of biases and RoPE's frequencies, which narrow exports keep in float32, are counted as other floats.
+    """
 
     name: str
     width: int
