@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_caches_that_do_not_fit_are_not_allocated(artifact, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 def test_freed_memory_goes_back():
+    """In a process of its own: where much was freed before, glibc takes blocks from that."""
+    process = multiprocessing.get_context("spawn").Process(target=free_blocks)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def free_blocks():
     """Blocks that glibc would keep for later are no part of the process any more, though what lies between them is."""
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE  # noqa: E731
     count, size = 64, 1 << 20
