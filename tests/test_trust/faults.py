@@ -115,7 +115,8 @@ class ArtifactJobs(Jobs):
         self.key, _ = write_keys(root, "key")
         export_onnx(self.source, self.old, OnnxOptions(max_length=OLD, max_batch=2))
         self.remember("export.targets.onnx_artifact.references", "export.targets.onnx_artifact.lower")
-        export_onnx(self.source, root / "new", OnnxOptions(max_length=NEW, max_batch=2))
+        with mock.patch("export.targets.onnx_artifact.release_weights"):  # the jobs' exports write this graph again
+            export_onnx(self.source, root / "new", OnnxOptions(max_length=NEW, max_batch=2))
         self.remember("export.verification.judging.references")
         self.reset()
         verify(self.out)
