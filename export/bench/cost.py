@@ -200,9 +200,9 @@ def own_precision(artifact: Artifact) -> Precision:
 def step_costs(artifact: Artifact, parts: list[Part], precision: Precision, batch: int, context: int) -> list[Cost]:
     """Of a decode step of `batch` slots that hold `context` tokens each, by module.
 
-    Of keys and values those are read that a model attends to: with a keep window so many. Where they are int8 they stay
-    so at every precision. A state without rows is read
-    and written. What is written to caches, activations and elementwise operations are left out: they are small.
+    Of keys and values those are read that a model attends to: with a keep window so many. int8 caches have one byte a
+    number at every precision. A state without rows is read and written. What is written to caches, activations and
+    elementwise operations are left out: they are small.
     """
     kept = min(context, artifact.read_json("config.json").get("keep_window_size", context))
     rows = artifact.graph.rows(context)

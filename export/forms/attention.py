@@ -17,8 +17,8 @@ class AttentionProjection(HeadProjection):
 
     dt is linear in the value and the value in x, so dt's weight on x is the product of two weights, taken in float64.
     Each of its rows is there `repeat` times. With `exact` it stays float64, as in `DMAttention.project_dt`. Else it is
-    float32 in narrow models too: the bias is an exponential of dt, and what bfloat16 rounds off dt can be one unit of a
-    large bias.
+    float32, in narrow models too: the bias grows exponentially with dt, and the rounding of dt to bfloat16 changes a
+    large bias by more than 1.
     """
 
     def __init__(self, attention: DMAttention, repeat: int, exact: bool):
@@ -32,18 +32,6 @@ class AttentionProjection(HeadProjection):
         return *super().forward(x), F.linear(x.to(self.dt_weight.dtype), self.dt_weight, self.dt_bias)
 
 
-class PowerBias(nn.Module):
-    """`KeyBias` in float64, as (1 + exp(dt)) ** A: ONNX Runtime has no Softplus of that."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        """dt (B, S, Hm), A (Hm), both float64 -> (B, Hm, S), rounded to the model's dtype."""
-        return torch.pow(1.0 + torch.exp(dt), A).to(self.dtype).transpose(1, 2)
-
-
 class RoundedBias(KeyBias):
     """`KeyBias` in float32, rounded to the model's dtype at the end alone."""
 
@@ -54,6 +42,14 @@ class RoundedBias(KeyBias):
     def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """dt (B, S, Hm), A (Hm), both float32 -> (B, Hm, S), in the model's dtype."""
         return super().forward(dt, A).to(self.dtype)
+
+
+class PowerBias(RoundedBias):
+    """The same in float64, as (1 + exp(dt)) ** A: ONNX Runtime has no Softplus of that."""
+
+    def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """dt (B, S, Hm), A (Hm), both float64 -> (B, Hm, S), in the model's dtype."""
+        return torch.pow(1.0 + torch.exp(dt), A).to(self.dtype).transpose(1, 2)
 
 
 class AttentionForm(DMAttention):

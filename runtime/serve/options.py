@@ -26,8 +26,8 @@ class ServeOptions:
     chunk: int = option(128, "Tokens of a prompt that are computed between two steps of the others.")
     cache: int = option(256, "MiB of memory for cache rows of earlier prompts; 0: none.")
     exact: bool = option(
-        True, "Compute slots so that an answer has the bits of its solo run; without, only the slots in use: a lone "
-        "request of an int8 artifact is faster.",
+        True, "Give each answer the bits of its solo run. --no-exact computes only the slots in use, which is faster "
+        "for a lone request of an int8 artifact.",
     )  # fmt: skip
     queue: int = option(64, "Sequences that may wait for a slot; past it a request gets status 429.")
     deadline: float = option(600.0, "Seconds after which a request is ended with an error.")

@@ -3,8 +3,7 @@
     python tests/benchmarks/cache_dtypes.py FLOAT_DIR INT8_DIR --slots 8 --tokens 4096
 
 Both are exported from one checkpoint, with and without `--kv-cache-dtype int8`. Prints CPU milliseconds a step and the
-caches' megabytes: of each artifact, and as a share of the first's. Ids are of no meaning: no kernel's time depends on
-them.
+caches' megabytes: of each artifact, and as a share of the first's. All ids are 1: no kernel's time depends on them.
 """
 
 import argparse

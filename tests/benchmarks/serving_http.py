@@ -165,20 +165,18 @@ class Bench:
 
     def clients(self) -> dict[int, Round]:
         """1 to 32 clients of the server of 8 slots, and one of the other two; ratios to one client of 8 slots."""
-        lone = {0: self.single, -1: self.inexact}
-        rounds: dict[int, list[Round]] = {count: [] for count in (*lone, *CLIENTS)}
+        ways = {"1 client, 1 slot": (self.single, 1), "1 client, 8 slots, --no-exact": (self.inexact, 1)}
+        ways |= {f"{count} client{'s' * (count > 1)}, 8 slots": (self.eight, count) for count in CLIENTS}
+        rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for _ in range(self.given.rounds):
-            for count, loads in rounds.items():
-                server = lone.get(count, self.eight)
-                loads.append(press(server, self.prompts[: max(count, 1)], self.given.new))
-        best = {count: max(loads, key=lambda each: each.rate) for count, loads in rounds.items()}
-        one = best[1]
-        for count, made in best.items():
-            name = f"{max(count, 1)} client{'s' * (count > 1)}, "
-            name += {0: "1 slot", -1: "8 slots, --no-exact"}.get(count, "8 slots")
+            for name, (server, count) in ways.items():
+                rounds[name].append(press(server, self.prompts[:count], self.given.new))
+        best = {name: max(loads, key=lambda each: each.rate) for name, loads in rounds.items()}
+        one = best["1 client, 8 slots"]
+        for name, made in best.items():
             ratios = made.rate / one.rate, made.tokens / made.cpu / (one.tokens / one.cpu)
             self.row(name, made.rate, float(np.median(made.first)), *ratios)
-        return {count: best[count] for count in CLIENTS}
+        return {count: best[name] for name, (server, count) in ways.items() if server is self.eight}
 
     def file(self, eight: Round) -> None:
         """`wm-run generate --prompts` with what 8 clients asked for; ratios of the server to it."""
