@@ -255,7 +255,7 @@ def check_plot(path: Path) -> None:
 def plot(result: Result, path: Path, beside: Mapping[str, Rates] | None = None, limit: Rates | None = None) -> None:
     """Draw decode tokens/s over context length: the artifact's, others `beside` it by name, and a `limit`.
 
-    `limit` is what the machine's memory bandwidth, result["bandwidth"], allows.
+    `limit` is what reading memory at result["bandwidth"] bytes/s allows.
     """
     import matplotlib
 
@@ -267,7 +267,7 @@ def plot(result: Result, path: Path, beside: Mapping[str, Rates] | None = None, 
     for name, rates in {Path(result["artifact"]).name: result["contexts"], **(beside or {})}.items():
         axes.plot(list(rates), list(rates.values()), marker="o", label=name)
     if limit is not None:
-        label = f"memory bandwidth, {result['bandwidth'] / 1e9:.0f} GB/s"
+        label = f"reading memory as linear layers alone do, {result['bandwidth'] / 1e9:.0f} GB/s"
         axes.plot(list(limit), list(limit.values()), "k--", label=label)
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s")
     axes.set_xticks(list(result["contexts"]))

@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from export.bench.baselines import ADVANCED, BASELINES
-from export.bench.cost import linear_operations, step_bytes
-from export.bench.floor import large_product, linear_floor, memory_bandwidth
+from export.bench.cost import linear_layers, linear_operations, own_precision, step_bytes
+from export.bench.floor import large_product, linear_floor
 from runtime.bench import CONTEXT_STEPS, PYTHON, Bench, BenchOptions, Result, Samples, fresh_process, over_one
 from runtime.console import Progress, option
 from runtime.errors import RequestError
@@ -44,9 +44,7 @@ def measure(directory: Path, options: BenchOptions, baselines: BaselineOptions) 
         if options.plot is not None:
             result["contexts"] = bench.by_context()
         if on_cpu and options.plot is not None:
-            sizes = {context: step_bytes(bench.engine.artifact, context) for context in bench.contexts}
-            result["bandwidth"] = bandwidth = memory_bandwidth(sizes[bench.contexts[0]], options.threads)()
-            result["bandwidth_limits"] = {context: bandwidth / size for context, size in sizes.items()}
+            result |= _limits(bench, result["floor_steps_per_second"])
         bench.engine.close()  # its memory is not there twice
         del bench
         if on_cpu:
@@ -86,6 +84,14 @@ def _shares(bench: Bench, samples: Samples) -> Result:
     if "batch_floor" in samples:
         result["batch_floor_over_one"] = over_one(bench.options.batch, samples["floor"], samples["batch_floor"])
     return result
+
+
+def _limits(bench: Bench, floor: float) -> Result:
+    """The bytes/s that the linear layers alone read at `floor` steps/s, and the steps/s that this allows by context."""
+    artifact = bench.engine.artifact
+    bandwidth = floor * sum(map(own_precision(artifact).matrix_bytes, linear_layers(artifact)))
+    limits = {context: bandwidth / step_bytes(artifact, context) for context in bench.contexts}
+    return {"bandwidth": bandwidth, "bandwidth_limits": limits}
 
 
 def _request(bench: Bench) -> dict[str, Any]:

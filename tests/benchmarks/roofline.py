@@ -40,7 +40,7 @@ def export(root: Path, preset: str, scheme: str) -> Path:
     """The artifact, unless there is one."""
     directory = root / f"{preset}-{scheme}"
     if not directory.exists():
-        directory.mkdir()
+        directory.mkdir(parents=True)
         draft = Draft(directory, preset)
         ONNX.write(draft, OnnxOptions(quantize=None if scheme == "fp32" else scheme, max_batch=1, max_length=LENGTH))
         write_manifest(directory, draft.manifest, verified=True)

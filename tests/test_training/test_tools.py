@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, assert_close, randomise
+from conftest import SMALL, randomise
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
