@@ -14,6 +14,8 @@ from export import OnnxOptions, export_onnx
 from export.lower import cache_window, lower
 from export.package.graph_files import CPU_GRAPH, GRAPH, save_graph
 from export.package.manifest import capacities, describe, label_count, parameter_count, write_manifest
+from export.quantization.schemes import SCHEMES
+from export.quantization.weights import quantize_graph
 from export.targets.onnx_artifact import DTYPES, SPARE
 from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import Artifact, Graph
@@ -68,9 +70,18 @@ def save_checkpoint(directory: Path, tokenizer: bool = False, logit_scale: float
 
 
 def lowered(
-    directory: Path, model, dtype: str = "fp32", max_batch: int = 4, max_length: int = 64, spare: int = SPARE
+    directory: Path,
+    model,
+    dtype: str = "fp32",
+    max_batch: int = 4,
+    max_length: int = 64,
+    spare: int = SPARE,
+    scheme: str = "none",
 ) -> Artifact:
-    """An artifact of `model`, which is used up, without its comparison with the eager model: for what comes after."""
+    """An artifact of `model`, which is used up, without its comparison with the eager model: for what comes after.
+
+    `scheme` names a quantisation that needs no calibration, of a model in float32.
+    """
     directory.mkdir(parents=True)
     config, parameters, labels = model.config.to_dict(), parameter_count(model), label_count(model)
     name = str(DTYPES[dtype]).removeprefix("torch.")
@@ -78,8 +89,12 @@ def lowered(
     bounds = {"max_batch": max_batch, "max_length": max_length, "window": window}
     graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
+    if scheme != "none":
+        graph = quantize_graph(directory / GRAPH, SCHEMES[scheme], SCHEMES[scheme].block, None)
+        save_graph(graph, directory, name, scheme)
+    portable = dtype != "bf16" and scheme == "none"
     contract = Graph(
-        file=GRAPH, cpu_file=CPU_GRAPH if dtype == "bf16" else GRAPH, dtype=name, quantization="none",
+        file=GRAPH, cpu_file=GRAPH if portable else CPU_GRAPH, dtype=name, quantization=scheme,
         logits="last", indexed=True, vocabulary=config["vocab_size"], capacities=tuple(capacities(max_length)),
         states=(), labels=labels, **bounds,
     )  # fmt: skip

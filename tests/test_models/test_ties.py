@@ -13,10 +13,20 @@ from conftest import SMALL, ours, randomise, rival
 from test_export.conftest import lowered
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from export.verification.cases import Case
+from export.verification.comparison import NARROW_KL_LIMIT, Comparison, compare, kl_limit
 from runtime import load
+from runtime.artifact.manifest import Artifact
 from wm_models import DogeConfig, DogeForCausalLM, shipped_checkpoint
+from wm_models.layers.selection import attend_blocks
 
 TIMES = 16  # keep windows in the longest sequence
+# of the standard library's argparse; every version of it must give the same ids
+SOURCE = """
+    def add_argument(self, *args, **kwargs):
+        if not args or len(args) == 1 and args[0][0] not in chars:
+            if args and 'dest' in kwargs:
+"""
 
 
 def small(keep: int, seed: int = 0, **changes: object) -> DogeForCausalLM:
@@ -143,3 +153,62 @@ def test_source_text(source_text, tmp_path):
     assert_same(in_pieces(model, source_text, [37, *pieces(987, 400)]), full)
     path = lowered(tmp_path / "artifact", model, max_batch=1, max_length=1024, spare=64).path
     assert_same(torch.from_numpy(engine_logits(path, source_text, 300)), full[299:])
+
+
+def decisive() -> DogeForCausalLM:
+    """A model that keeps 8 keys, and the same ones in every type, of texts of few distinct tokens.
+
+    Rounding changes which of two near biases is the larger, and so which keys are kept. With few distinct tokens, one
+    layer and this seed no two biases are so near. Ties are met at almost every token.
+    """
+    return small(8, seed=1, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, torch.Tensor]:
+    """(1, 128) ids each, 16 keep windows: drawn by Zipf's law, and the characters of source text."""
+    return {"Zipf": zipf(128) % 24, "source": torch.tensor([list(map(ord, SOURCE[:128]))])}
+
+
+def divergence(found: torch.Tensor | np.ndarray, expected: torch.Tensor, limit: float | None) -> Comparison:
+    """The verdict of an export's verification on the logits (S, V) of the last S positions."""
+    rows = [np.asarray(each, np.float32) for each in (expected[len(expected) - len(found) :], found)]
+    return compare(Case("", (1,), 1, (0,)), rows[:1], rows[1:], limit)
+
+
+@pytest.fixture(scope="module", params=[{"dtype": "bf16"}, {"scheme": "int8"}], ids=["bf16", "int8"])
+def narrow(request, tmp_path_factory) -> Artifact:
+    path = tmp_path_factory.mktemp("narrow") / "artifact"
+    return lowered(path, decisive(), max_batch=1, max_length=128, spare=12, **request.param)
+
+
+@torch.no_grad()
+def test_a_narrow_engine_is_the_full_pass(narrow, texts, monkeypatch):
+    """Rows are evicted, by prompt and steps. Were the earlier of equal keys kept, the limit would be passed."""
+    limit = kl_limit(narrow.graph)
+    exact = {name: decisive()(ids).logits[0] for name, ids in texts.items()}
+    for name, ids in texts.items():
+        for first in (1, 37, 100):
+            verdict = divergence(engine_logits(narrow.path, ids, first), exact[name], limit)
+            assert verdict.passed, (name, first, verdict)
+
+    def earlier_first(query, key, value, bias, *rest):
+        return attend_blocks(query, key, value, bias * (1 - 1e-6 * torch.arange(bias.shape[-1])), *rest)
+
+    monkeypatch.setattr("wm_models.context.attend_blocks", earlier_first)
+    for name, ids in texts.items():
+        assert not divergence(decisive()(ids).logits[0], exact[name], limit).passed, name
+
+
+@torch.no_grad()
+def test_bfloat16_in_any_pieces_is_the_full_pass(texts):
+    """The eager model in bfloat16, against itself and against float32."""
+    exact, model = decisive(), decisive().bfloat16()
+    for ids in texts.values():
+        full, expected = model(ids).logits[0].float(), exact(ids).logits[0]
+        assert divergence(full, expected, NARROW_KL_LIMIT).passed
+        for first in (1, 37, 100):
+            sizes = pieces(128, first)
+            for found in (in_pieces(model, ids, sizes).float(), by_steps(model, ids, sizes).float()):
+                assert divergence(found, full, NARROW_KL_LIMIT).passed
+                assert divergence(found, expected, NARROW_KL_LIMIT).passed

@@ -104,21 +104,34 @@ def test_experts_are_tuned_without_trls_loss_of_their_router(chat_tokenizer, tmp
     assert all(torch.isfinite(torch.tensor(found)))
 
 
-def test_preferences(chat_tokenizer, tmp_path):
-    """DPO begins at log 2, for policy and reference are one model, and falls."""
-    build(tmp_path / "model", vocab_size=len(chat_tokenizer))
+def prefer(directory, tokenizer, layers=SMALL["num_hidden_layers"], **options):
+    """The losses of TRL's tuning on preferences."""
+    build(directory / "model", vocab_size=len(tokenizer), num_hidden_layers=layers)
     pairs = []
     for index in range(32):
         question, good = chat(index)
         pairs.append({"prompt": [question], "chosen": [good], "rejected": [chat(index, "no {}")[1]]})
-    policy, reference = (DogeForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
+    policy, reference = (DogeForCausalLM.from_pretrained(directory / "model") for _ in range(2))
     trainer = DPOTrainer(
-        policy, reference, args=arguments(DPOConfig, tmp_path / "out", learning_rate=1e-3),
-        train_dataset=Dataset.from_list(pairs), processing_class=chat_tokenizer,
+        policy, reference, args=arguments(DPOConfig, directory / "out", learning_rate=1e-3, **options),
+        train_dataset=Dataset.from_list(pairs), processing_class=tokenizer,
     )  # fmt: skip
-    found = losses(trainer)
+    return losses(trainer)
+
+
+def test_preferences(chat_tokenizer, tmp_path):
+    """DPO begins at log 2, for policy and reference are one model, and falls."""
+    found = prefer(tmp_path, chat_tokenizer)
     assert found[0] == pytest.approx(0.6931, abs=1e-3)
     assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_compiled_preferences_as_eager(chat_tokenizer, tmp_path):
+    """DPO under `torch_compile`, every batch padded to one shape."""
+    eager = prefer(tmp_path / "eager", chat_tokenizer, layers=1)
+    compiled = prefer(tmp_path / "compiled", chat_tokenizer, layers=1, torch_compile=True, pad_to_multiple_of=64)
+    assert compiled == pytest.approx(eager, rel=1e-4)
 
 
 def test_a_dense_config_has_no_loss_of_a_router(tmp_path):
