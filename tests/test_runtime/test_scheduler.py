@@ -25,7 +25,11 @@ from wm_models import CheemsConfig, CheemsForCausalLM
 SMALL = Path(__file__).parents[1] / "data" / "artifact-schema-1"  # float32, 3 slots, windows of 40 rows, a tokenizer
 LENGTH = 192
 # int8: several blocks to a row, whose sums a kernel may take in another order
-OPTIONS = {"int8": {"quantize": "int8", "block_size": 16}, "all logits": {"logits": "all"}}
+OPTIONS = {
+    "int8": {"quantize": "int8", "block_size": 16},
+    "int8 caches": {"kv_cache_dtype": "int8"},
+    "all logits": {"logits": "all"},
+}
 
 
 def model_of(name):
@@ -39,7 +43,7 @@ def model_of(name):
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """`engines(name)`: float32 models with one key/value head, with SSD layers, with a window, with the logits of every
-    token, and an int8 model.
+    token, with int8 keys and values, and an int8 model.
     """
     made = {"window": SMALL}
 
@@ -56,7 +60,7 @@ def engines(tmp_path_factory):
     return engine
 
 
-@pytest.fixture(scope="module", params=["one head", "int8", "hybrid", "window"])
+@pytest.fixture(scope="module", params=["one head", "int8", "int8 caches", "hybrid", "window"])
 def engine(request, engines):
     return engines(request.param)
 
