@@ -25,10 +25,10 @@ from export.verification.eager_scorer import EagerScorer
 from export.verification.record import read_origin
 from runtime.artifact.manifest import MANIFEST
 from runtime.bench import BenchOptions, render
-from runtime.cli import LoadOptions
 from runtime.console import command, option, run
 from runtime.evaluation.perplexity import PerplexityOptions, perplexity
 from runtime.evaluation.rendering import show
+from runtime.loading import LoadOptions
 from wm_models import PRESETS
 from wm_models.shipped import SHIPPED_CHECKPOINTS, TRAINED
 

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from runtime.backends.registry import AUTO, backend_names
 from runtime.console import Progress, option
 from runtime.engine import load
 from runtime.errors import RequestError
+from runtime.loading import DeviceOptions
 
 CONTEXT_STEPS = 16  # decode steps that lead up to each context length
 PAUSE = 0.1  # seconds between two measurements: a session's threads go on spinning for a while after its last run
@@ -38,16 +38,13 @@ Rates = Mapping[int, float]  # decode tokens/s by context length
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(DeviceOptions):
     """What to measure of an artifact, and by what."""
 
     prompt_length: int = option(128, "Tokens of the prompt.")
     new_tokens: int = option(128, "Tokens to generate.")
     rounds: int = option(5, "Measurements; the median counts.")
     batch: int = option(1, "Decode in this many slots too.")
-    backend: str = option(AUTO, f"What to run on: {', '.join(backend_names())}.")
-    device: int | None = option(None, "The GPU's index. Default: the first.")
-    threads: int | None = option(None, "Threads to compute with. Default: the physical cores.")
     as_json: bool = option(False, "Print JSON instead of a table.", flag="--json")
     plot: Path | None = option(None, "Draw decode tokens/s over context length into this file, .png for one.")
 

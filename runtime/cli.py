@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.artifact.manifest import MANIFEST
-from runtime.backends.registry import AUTO, backend_names
 from runtime.batch import classify_file, generate_file
 from runtime.bench import BenchOptions, measure, plot, render, table_rows
 from runtime.console import Progress, Version, command, run
-from runtime.engine import Engine, load
+from runtime.engine import Engine
 from runtime.errors import RequestError
 from runtime.evaluation.perplexity import PerplexityOptions
 from runtime.evaluation.perplexity import perplexity as measure_perplexity
@@ -23,6 +22,7 @@ from runtime.evaluation.rendering import show
 from runtime.evaluation.scorers import EngineScorer
 from runtime.evaluation.tasks import EvaluateOptions, metric_rows
 from runtime.evaluation.tasks import evaluate as evaluate_tasks
+from runtime.loading import LoadOptions
 from runtime.options import option
 from runtime.prompts import read_prompts
 from runtime.serve.options import ServeOptions, missing_packages
@@ -33,20 +33,6 @@ from runtime.text.sampling import Sampling
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 Directory = Annotated[Path, typer.Argument(help="An artifact directory.")]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load an artifact: the arguments of `runtime.load`."""
-
-    backend: str = option(AUTO, f"What to run on: {', '.join(backend_names())}.")
-    device: int | None = option(None, "The GPU's index. Default: the first.")
-    threads: int | None = option(None, "Threads to compute with. Default: the physical cores.")
-    public_key: Path | None = option(None, "Load only what the holder of this Ed25519 key (PEM) signed.")
-    allow_unverified: bool = option(False, "Load what failed its checks.", flag="--allow-unverified")
-
-    def load(self, directory: Path) -> Engine:
-        return load(directory, **asdict(self))
 
 
 @dataclass(frozen=True)
