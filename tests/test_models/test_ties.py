@@ -156,18 +156,18 @@ def test_source_text(source_text, tmp_path):
 
 
 def decisive() -> DogeForCausalLM:
-    """A model that keeps 8 keys, and the same ones in every type, of texts of few distinct tokens.
+    """A model that keeps 8 keys, the same ones in every type, of texts of 8 distinct tokens.
 
-    Rounding changes which of two near biases is the larger, and so which keys are kept. With few distinct tokens, one
-    layer and this seed no two biases are so near. Ties are met at almost every token.
+    Rounding changes which of two near biases is the larger, and so which keys are kept. In one layer, and with this
+    seed, the biases of distinct tokens are 2 % or more apart. Those of equal tokens tie all the time.
     """
-    return small(8, seed=1, num_hidden_layers=1)
+    return small(8, seed=78, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, torch.Tensor]:
-    """(1, 128) ids each, 16 keep windows: drawn by Zipf's law, and the characters of source text."""
-    return {"Zipf": zipf(128) % 24, "source": torch.tensor([list(map(ord, SOURCE[:128]))])}
+    """(1, 128) ids below 8 each, 16 keep windows: drawn by Zipf's law, and from the characters of source text."""
+    return {"Zipf": zipf(128) % 8, "source": torch.tensor([list(map(ord, SOURCE[:128]))]) % 8}
 
 
 def divergence(found: torch.Tensor | np.ndarray, expected: torch.Tensor, limit: float | None) -> Comparison:
