@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from test_trust import fuzz
+from test_trust.loaders import TARGETS, Manifests
 
 RUNS = {
     "manifests": 300,
@@ -24,9 +25,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", fuzz.TARGETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_changed_structures(name, tmp_path):
-    target = fuzz.TARGETS[name](tmp_path)
+    target = TARGETS[name](tmp_path)
     fuzz.run(target, RUNS[name], seed=0)
     assert target.outcomes.total() >= RUNS[name]
     # About half of the changes to a graph mean nothing to it: doc strings, names, fields that keep their defaults.
@@ -47,7 +48,7 @@ def test_led_by_coverage(name, runs):
 
 def test_the_checks_can_fail(tmp_path):
     """A loader that takes a damaged file for a bug, writes a file, or says nothing, is noticed."""
-    target = fuzz.Manifests(tmp_path)
+    target = Manifests(tmp_path)
     for fault, kind in ((OSError("no"), OSError), (target.expected[0]("two\nlines"), AssertionError)):
 
         def load(fault=fault):
