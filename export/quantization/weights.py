@@ -9,7 +9,7 @@ A table that is both embedding and head is quantised and stored once.
 N output features or rows, K input features, B batch, S tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,10 @@ import onnx_ir as ir
 import torch
 
 from export.progress import SILENT, Progress
-from export.quantization.calibration import Feed, second_moments
 from export.quantization.schemes import BLOCKS, Scheme, Weight
+from export.quantization.workers import one_thread_each
 from export.rewrites.initializer import add_initializer
 from export.rewrites.names import MODULE
-from runtime.host.memory import return_freed
 
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
@@ -91,35 +90,37 @@ def quantizable(graph: ir.Model) -> Iterator[Use]:
             yield use
 
 
+def activations(graph: ir.Model) -> list[str]:
+    """The names of the values that the weights to quantise are multiplied with."""
+    return sorted({use.activation for use in quantizable(graph) if use.activation})
+
+
 def quantize_graph(
-    path: Path,
-    scheme: Scheme,
-    largest: int,
-    text: np.ndarray | None,
-    feed: Feed | None = None,
-    progress: Progress = SILENT,
+    path: Path, scheme: Scheme, largest: int, moments: Mapping[str, torch.Tensor], progress: Progress = SILENT
 ) -> ir.Model:
     """The float32 graph in the file `path` with its large weights quantised.
 
-    `largest`: weights to a scale at most. `text`: ids (rows, S) of the kind that the model will read, of a scheme that
-    calibrates. `feed` gives the graph's inputs for rows of it, see `second_moments`.
+    `largest`: weights to a scale at most. `moments`: of a scheme that calibrates, the second moments (K, K) of the
+    graph's `activations` on text of the kind that the model will read, by name.
     """
     graph = ir.load(path)
     uses = list(quantizable(graph))
-    moments: dict[str, torch.Tensor] = {}
-    if text is not None:
-        products = [use.activation for use in uses if use.activation]
-        moments = second_moments(graph, path.with_name("moments.onnx"), text, products, feed, progress)
-        return_freed()  # that of the session
     progress.stage("quantising", total=len(uses))
-    for (name, block, looked_up), members in _alike(uses, scheme, largest).items():
+
+    def rounded(group: tuple[tuple[str | None, int, bool], list[Use]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        (name, block, looked_up), members = group
         matrices = [torch.from_numpy(use.matrix()) for use in members]
         known = moments.get(name) if name else None
-        rounded = scheme.round(Weight(torch.cat(matrices), block, known, looked_up))
-        parts = (each.split([len(matrix) for matrix in matrices]) for each in rounded)
-        for use, codes, scales in zip(members, *parts, strict=True):
-            _replace(graph, use, codes.numpy(), scales.numpy(), scheme.bits)
-        progress.advance(len(members))
+        codes, scales = scheme.round(Weight(torch.cat(matrices), block, known, looked_up))
+        rows = [len(matrix) for matrix in matrices]
+        return [(q.numpy(), s.numpy()) for q, s in zip(codes.char().split(rows), scales.split(rows), strict=True)]
+
+    groups = _alike(uses, scheme, largest)
+    with one_thread_each() as workers:
+        for members, found in zip(groups.values(), workers.map(rounded, groups.items()), strict=True):
+            for use, (codes, scales) in zip(members, found, strict=True):
+                _replace(graph, use, codes, scales, scheme.bits)
+            progress.advance(len(members))
     return graph
 
 
@@ -135,10 +136,10 @@ def _alike(uses: list[Use], scheme: Scheme, largest: int) -> dict[tuple[str | No
 
 
 def _replace(graph: ir.Model, use: Use, codes: np.ndarray, scales: np.ndarray, bits: int) -> None:
-    """Put a DequantizeLinear over codes (N, K) and scales (N, K / block) in the place of the weight."""
+    """Put a DequantizeLinear over codes (N, K), int8, and scales (N, K / block) in the place of the weight."""
     name = use.weight.name or ""
-    packed, block = codes.astype(np.int8), codes.shape[1] // scales.shape[1]
-    tensor = ir.tensor(packed if bits == 8 else packed.astype(ml_dtypes.int4), ELEMENTS[bits], name=f"{name}.codes")
+    block = codes.shape[1] // scales.shape[1]
+    tensor = ir.tensor(codes if bits == 8 else codes.astype(ml_dtypes.int4), ELEMENTS[bits], name=f"{name}.codes")
     stored = [add_initializer(graph.graph, each) for each in (tensor, ir.tensor(scales, name=f"{name}.scales"))]
     whole = ir.node("DequantizeLinear", stored, {"axis": 1, "block_size": block})
     whole.name, whole.outputs[0].name = f"{name.removesuffix('.weight')}.dequantize", f"{name}.float"

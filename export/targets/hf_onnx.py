@@ -23,9 +23,9 @@ from export.errors import ExportError
 from export.lower_growing import lower_growing
 from export.package.directory import write_json
 from export.package.manifest import parameter_count
-from export.quantization.calibration import LENGTH, ROWS, Feed, written_text
+from export.quantization.calibration import LENGTH, ROWS, Feed, second_moments, written_text
 from export.quantization.schemes import SCHEMES
-from export.quantization.weights import quantize_graph
+from export.quantization.weights import activations, quantize_graph
 from export.rewrites.cpu_quantized import use_cpu_quantized_operators
 from export.targets.base import Draft, Target
 from export.targets.onnx_artifact import DEFAULT_BLOCKS, DTYPES, OnnxOptions, check_model, checked_length
@@ -217,14 +217,16 @@ def _quantized(
     lowered: ir.Model, exact: Path, graph: Graph, options: HfOnnxOptions, feed: Feed, draft: Draft
 ) -> ir.Model:
     """The graph with quantised weights. The float32 one, saved in the directory `exact`, writes the text."""
-    scheme, text = SCHEMES[options.quantize or ""], None
+    scheme, moments = SCHEMES[options.quantize or ""], {}
     ir.save(lowered, exact / GRAPH, external_data=WEIGHTS, size_threshold_bytes=1024)
     if scheme.calibrates:
         artifact = _artifact(exact, replace(graph, max_batch=ROWS))
         engine = Engine(artifact, MaskedSession(artifact.graph, OrtRunner(exact / GRAPH)))
         text = written_text(engine, LENGTH, progress=draft.progress)
-    largest = options.block_size or scheme.block
-    return quantize_graph(exact / GRAPH, scheme, largest, text, feed, draft.progress)
+        saved = ir.load(exact / GRAPH)
+        names = activations(saved)
+        moments = second_moments(saved, exact / "moments.onnx", text, names, feed, draft.progress)
+    return quantize_graph(exact / GRAPH, scheme, options.block_size or scheme.block, moments, draft.progress)
 
 
 def _feed(config: DogeConfig) -> Feed:

@@ -16,16 +16,16 @@ from export.lower import cache_window, lower
 from export.package.graph_files import CPU_GRAPH, GRAPH, save_graph
 from export.package.manifest import capacities, describe, label_count, parameter_count, write_manifest
 from export.quantization.caches import cache_scales, quantize_caches
-from export.quantization.calibration import LENGTH, ROWS, written_text
+from export.quantization.calibration import ROWS, written_moments
 from export.quantization.schemes import BLOCKS, SCHEMES
-from export.quantization.weights import quantize_graph
+from export.quantization.weights import activations, quantize_graph
 from export.rewrites.fixed_capacity import fix_capacity
 from export.rewrites.last_row import take_last_row
 from export.targets.base import Draft, Target
 from export.verification.judging import Expected
 from export.verification.ranges import check_biases, check_weights
 from export.verification.reference import references
-from runtime import load
+from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import LOGITS, Graph, Manifest
 from runtime.console import option
 from runtime.host.memory import return_freed
@@ -204,20 +204,20 @@ def checked_length(model: DecoderWithHead, max_length: int | None) -> int:
 def _quantized(exact: Path, manifest: Manifest, options: OnnxOptions, draft: Draft) -> ir.Model:
     """The float graph in the directory `exact` with the weights and caches quantised that `options` name.
 
-    The directory becomes an artifact, which writes the calibration text.
+    The directory becomes an artifact, which writes the calibration text, and is observed as it does so.
     """
-    path, text = exact / manifest.graph.file, np.zeros((0, 0), np.int64)
-    scheme = None if options.quantize is None else SCHEMES[options.quantize]
-    calibrated = scheme is not None and scheme.calibrates
-    if calibrated or options.kv_cache_dtype is not None:
+    path, scheme = exact / manifest.graph.file, SCHEMES.get(options.quantize or "")
+    names = activations(ir.load(path)) if scheme is not None and scheme.calibrates else []
+    text, moments = np.zeros((0, 0), np.int64), {}
+    if names or options.kv_cache_dtype is not None:
         write_manifest(exact, manifest, verified=False)
-        with load(exact, "cpu", allow_unverified=True) as engine:
-            text = written_text(engine, LENGTH, progress=draft.progress)
+        artifact = read_artifact(exact, allow_unverified=True)
+        text, moments = written_moments(artifact, names, draft.progress)
+        return_freed()
     scales = {} if options.kv_cache_dtype is None else cache_scales(path, text, draft.progress)
     if scheme is None:
         graph = ir.load(path)
     else:
-        largest = options.block_size or scheme.block
-        graph = quantize_graph(path, scheme, largest, text if calibrated else None, progress=draft.progress)
+        graph = quantize_graph(path, scheme, options.block_size or scheme.block, moments, draft.progress)
     quantize_caches(graph, scales)
     return graph

@@ -35,6 +35,6 @@ class EagerScorer:
 
     def rows(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """Logits (n, V), float32, after each of `ids` (S,) from `first` on, `PIECE` rows at a time, by one pass."""
-        logits = eager_logits(self.model, torch.from_numpy(ids)[None], first)[0]
+        logits = eager_logits(self.model, torch.from_numpy(ids)[None], np.arange(first, len(ids)))[0]
         for start in range(0, len(logits), PIECE):
             yield logits[start : start + PIECE]

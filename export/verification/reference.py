@@ -3,6 +3,7 @@
 B batch, S tokens of a sequence, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,20 +20,28 @@ from runtime.artifact.manifest import Window
 from wm_models.decoder import DecoderForCausalLM, DecoderWithHead
 
 
-def eager_logits(model: DecoderWithHead, ids: torch.Tensor, first: int) -> np.ndarray:
-    """Logits (B, S - first, V), float32, of sequences (B, S) from position `first` on, by one uncached pass.
+def eager_logits(model: DecoderWithHead, ids: torch.Tensor, positions: np.ndarray) -> np.ndarray:
+    """Logits (B, P, V), float32, of sequences (B, S) after the ascending `positions` (P), by one uncached pass.
 
-    Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it, and where a share of all
-    keys is dropped, their number counts: then the reference writes its keys as the engine does, `first` and all before
-    it at once, the others one by one.
+    Where the prompt's length counts, the reference writes its keys as the engine does, the first position and all
+    before it at once, the others one by one; then the positions are those from the first to the last token.
     """
     with torch.inference_mode():
-        if model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio:
-            cache, rows = DynamicCache(config=model.config), []
+        if _depends_on_prompt(model):
+            cache, rows, first = DynamicCache(config=model.config), [], int(positions[0])
             for start, end in [(0, first + 1), *((at, at + 1) for at in range(first + 1, ids.shape[1]))]:
                 rows.append(_logits_at(model, ids[:, start:end], torch.tensor([end - start - 1]), cache))
             return np.concatenate(rows, axis=1)
-        return _logits_at(model, ids, torch.arange(first, ids.shape[1]), None)
+        return _logits_at(model, ids, torch.from_numpy(positions), None)
+
+
+def _depends_on_prompt(model: DecoderWithHead) -> bool:
+    """Whether logits depend on how many tokens were read at once.
+
+    Where RoPE's frequencies depend on the length, a key keeps those of the pass that wrote it, and where a share of all
+    keys is dropped, their number counts.
+    """
+    return model.config.rope["rope_type"] in ("dynamic", "longrope") or model.config.dynamic_mask_ratio > 0
 
 
 def _logits_at(
@@ -74,25 +83,64 @@ class Reference:
     drawn: Values
 
 
+def _groups(model: DecoderWithHead, cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases whose slots read the same tokens, each as many of them as it needs, so that one pass answers all.
+
+    Tokens that repeat are others. Where the length of the prompt counts, each case has a pass of its own.
+    """
+    if _depends_on_prompt(model):
+        return [[case] for case in cases]
+    groups = ([case for case in cases if case.repeats == repeats] for repeats in (False, True))
+    return [group for group in groups if group]
+
+
+def _longest(group: Sequence[Case]) -> Case:
+    """A case of no steps whose slots read all that the slots of any case in the group read."""
+    lengths = [0] * max(len(case.prompts) for case in group)
+    for case in group:
+        for slot, prompt in enumerate(case.prompts):
+            lengths[slot] = max(lengths[slot], prompt + case.steps)
+    return Case(group[0].name, tuple(lengths), 0, (0,) * len(lengths), group[0].repeats)
+
+
+def _spans(group: Sequence[Case], slot: int) -> list[range]:
+    """The positions of a slot after which the cases compare logits."""
+    return [
+        range(case.prompts[slot] - 1, case.prompts[slot] + case.steps) for case in group if slot < len(case.prompts)
+    ]
+
+
 def _answer(
     model: DecoderWithHead, cases: list[Case], text: np.ndarray | None, drawn: Values, progress: Progress
 ) -> Reference:
-    draw = np.random.default_rng(0)
-    reference = Reference(cases, [], [], drawn)
-    for case in cases:
-        rows = draw_sequences(case, draw, model.config.vocab_size, text)
-        logits: list[np.ndarray] = [np.zeros(0)] * len(rows)
-        for at in sorted(set(case.prompts)):  # sequences of one length are one batch
-            slots = [slot for slot, length in enumerate(case.prompts) if length == at]
-            ids = torch.from_numpy(np.stack([rows[slot] for slot in slots]))
-            for slot, found in zip(slots, eager_logits(model, ids, at - 1), strict=True):
-                logits[slot] = found
-            progress.advance(ids.numel())
-        if not all(np.isfinite(each).all() for each in logits):
-            raise ExportError(f"the eager model's own logits are not finite ({case.name}); there is nothing to export")
-        reference.sequences.append(rows)
-        reference.logits.append(logits)
-    return reference
+    draw, found = np.random.default_rng(0), {}
+    for group in _groups(model, cases):
+        longest = _longest(group)
+        rows = draw_sequences(longest, draw, model.config.vocab_size, text)
+        answers: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(rows)
+        for length in sorted(set(longest.prompts)):  # sequences of one length are one batch
+            slots = [slot for slot, other in enumerate(longest.prompts) if length == other]
+            positions = np.unique([at for slot in slots for span in _spans(group, slot) for at in span])
+            logits = eager_logits(model, torch.from_numpy(np.stack([rows[slot] for slot in slots])), positions)
+            for slot, each in zip(slots, logits, strict=True):
+                answers[slot] = positions, each
+            progress.advance(length * len(slots))
+        for case in group:
+            slots = list(zip(rows, answers, case.prompts, strict=False))
+            read = [ids[: prompt + case.steps] for ids, _, prompt in slots]
+            parts = [_part(*known, prompt - 1, case.steps + 1) for _, known, prompt in slots]
+            if not all(np.isfinite(each).all() for each in parts):
+                raise ExportError(
+                    f"the eager model's own logits are not finite ({case.name}); there is nothing to export"
+                )
+            found[case] = read, parts
+    return Reference(cases, [found[case][0] for case in cases], [found[case][1] for case in cases], drawn)
+
+
+def _part(positions: np.ndarray, logits: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Of logits (P, V) after `positions` (P), ascending, those after `count` positions from `first` on: a view."""
+    start = int(np.searchsorted(positions, first))
+    return logits[start : start + count]
 
 
 def references(
@@ -111,7 +159,8 @@ def references(
     limits = bounds.max_length, most, window.rows if window else model.config.keep_window_size
     cases = plan(*limits) if text is None else [repeated(case, most) for case in plan(*limits)]
     probes = probe_plan(*limits) if probe_bias else []
-    total = sum(length + case.steps for case in (*cases, *probes) for length in case.prompts)
+    groups = [*_groups(model, cases), *_groups(model, probes)]
+    total = sum(length for group in groups for length in _longest(group).prompts)
     progress.stage("computing the eager model's answers", total)
     with watched_biases(model) as biases:
         answers = [_answer(model, cases, text, {}, progress)]

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from export import ExportError, OnnxOptions, export_onnx
 from export.bench.cost import linear_layers
 from export.lower import OnnxContext
-from export.quantization.calibration import second_moments
+from export.quantization.calibration import second_moments, written_moments
 from export.quantization.gptq import round_with_feedback, scale_search
 from export.quantization.nearest import round_to_nearest
 from export.quantization.schemes import SCHEMES
-from export.quantization.weights import block_size, quantizable
+from export.quantization.weights import activations, block_size, quantizable
 from runtime import load
+from runtime.artifact.integrity import read_artifact
 from wm_models import shipped_checkpoint
 from wm_models.shipped import TRAINED
 from wm_models.training import Recipe
@@ -101,6 +102,22 @@ def test_the_head_is_calibrated_on_every_token(exported, tmp_path):
     text = np.random.default_rng(0).integers(0, 211, (3, 50))
     moments = second_moments(graph, directory / "moments.onnx", text, [head.activation])[head.activation]
     assert torch.linalg.matrix_rank(moments) == 64
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "classifier"])
+def test_moments_of_written_text_are_those_of_a_pass_over_it(exported, tmp_path, name):
+    """They are summed in steps of one token, as the text is written; a classifier reads all of its text at once."""
+    directory = tmp_path / "exact"
+    shutil.copytree(exported(name)[1], directory)
+    artifact = read_artifact(directory)
+    graph = ir.load(directory / artifact.graph.file)
+    text, found = written_moments(artifact, activations(graph))
+    read = text if artifact.graph.labels else text[:, :-1]  # the last token is written, and not read
+    expected = second_moments(graph, directory / "moments.onnx", read, activations(graph))
+    assert found.keys() == expected.keys()
+    for value, sums in expected.items():
+        torch.testing.assert_close(found[value], sums, rtol=1e-4, atol=1e-4 * float(sums.diagonal().max()))
+        torch.testing.assert_close(found[value], found[value].T, rtol=1e-5, atol=1e-5 * float(sums.diagonal().max()))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,8 @@ class Material:
         """What each slot of a case reads, and the eager model's logits for it."""
         model = self.model(source)
         rows = draw_sequences(case, np.random.default_rng(0), model.config.vocab_size, None)
-        batches = [(torch.from_numpy(row)[None], at - 1) for row, at in zip(rows, case.prompts, strict=True)]
+        spans = [np.arange(at - 1, len(row)) for row, at in zip(rows, case.prompts, strict=True)]
+        batches = [(torch.from_numpy(row)[None], span) for row, span in zip(rows, spans, strict=True)]
         logits = [eager_logits(model, *batch)[0] for batch in batches]
         return rows, logits
 
