@@ -7,6 +7,7 @@ B slots of a step, S new tokens.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,13 @@ LEAST, MOST, SECONDS = 3, 20, 0.5  # rounds of all sizes: at least, at most, and
 class Costs:
     """The time of steps, in steps of one token.
 
-    `steps`: what a step of 1, 2, 3 … tokens costs; the first is 1. `guess`: what one guess costs, for all sequences.
+    `steps`: what a step of 1, 2, 3 … tokens costs; the first is 1. `first_guess`: what the first guess of a step costs,
+    for all sequences, when the target's weights have replaced the draft's in the processor's caches; `guess`: what each
+    further one costs.
     """
 
     steps: tuple[float, ...]
+    first_guess: float = 0.0
     guess: float = 0.0
 
     def of(self, slots: int, guesses: int) -> float:
@@ -35,35 +39,51 @@ class Costs:
             step = self.steps[tokens - 1]
         else:  # as each further token costs on average
             step = self.steps[-1] + (tokens - most) * (self.steps[-1] - 1.0) / max(1, most - 1)
-        return step + guesses * self.guess
+        return step + (self.first_guess + (guesses - 1) * self.guess if guesses else 0.0)
 
 
 def measure(target: Slots, draft: Slots | None = None) -> Costs:
-    """Time steps of one slot of the target, and one step of the draft, which makes a guess. Empties their slots."""
+    """Time steps of one slot of the target, and steps of the draft, which make guesses. Empties their slots."""
     most = min(target.session.chunk, target.session.most_rows)
     sizes = tuple(size for size in SIZES if size <= most)
-    seconds = _seconds(target, sizes)
-    guess = 0.0 if draft is None else float(_seconds(draft, (1,))[0] / seconds[0])
+    target.reserve(1, max(sizes))
+    with target.in_use:
+        seconds = _shortest(lambda: _sized(target, sizes))
+        guesses = (0.0, 0.0)
+        if draft is not None:
+            draft.reserve(1, 1)
+            with draft.in_use:
+                guesses = tuple(_shortest(lambda: _guesses(target, draft)) / seconds[0])
+            draft.reset()
+    target.reset()
     steps = np.interp(np.arange(1, sizes[-1] + 1), sizes, np.maximum.accumulate(seconds) / seconds[0])
-    return Costs(tuple(steps.tolist()), guess)
+    return Costs(tuple(steps.tolist()), *map(float, guesses))
 
 
-def _seconds(slots: Slots, sizes: tuple[int, ...]) -> np.ndarray:
-    """The shortest time of a step of each size, since what else the machine does only adds to it."""
-    slots.reserve(1, max(sizes))
+def _shortest(run: Callable[[], list[float]]) -> np.ndarray:
+    """The shortest of each time that rounds give, since what else the machine does only adds to it."""
+    run()  # the first step of a size allocates
     rounds: list[list[float]] = []
     began = time.perf_counter()
-    with slots.in_use:
-        for size in sizes:  # the first of a size allocates
-            _time(slots, size)
-        while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - began < SECONDS):
-            rounds.append([])
-            for size in sizes:
-                for _ in range(BETWEEN):
-                    _time(slots, 1)
-                rounds[-1].append(_time(slots, size))
-    slots.reset()
+    while len(rounds) < LEAST or (len(rounds) < MOST and time.perf_counter() - began < SECONDS):
+        rounds.append(run())
     return np.min(rounds, axis=0)
+
+
+def _sized(slots: Slots, sizes: tuple[int, ...]) -> list[float]:
+    """The seconds of a step of each size, after steps of one token."""
+    found = []
+    for size in sizes:
+        for _ in range(BETWEEN):
+            _time(slots, 1)
+        found.append(_time(slots, size))
+    return found
+
+
+def _guesses(target: Slots, draft: Slots) -> list[float]:
+    """The seconds of the draft's first step after one of the target, and of its second."""
+    _time(target, 1)
+    return [_time(draft, 1) for _ in range(2)]
 
 
 def _time(slots: Slots, size: int) -> float:

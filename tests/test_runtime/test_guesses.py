@@ -60,7 +60,8 @@ def test_guesses_are_worth_their_cost():
     assert best_guesses([0.3], [8], 0, 1, DEAR) == 0
     assert best_guesses([0.6], [8], 7, 8, DEAR) == 0  # seven others would wait for the guesses of one
     assert best_guesses([0.95] * 8, [8] * 8, 0, 8, DEAR) > 0
-    assert best_guesses([0.9], [8], 0, 1, replace(DEAR, guess=2.0)) == 0  # a draft that is slower than the model
+    slow = replace(DEAR, first_guess=2.0, guess=2.0)  # a draft that is slower than the model
+    assert best_guesses([0.9], [8], 0, 1, slow) == 0
     assert best_guesses([0.3], [8], 0, 1, CHEAP) > 0
 
 
@@ -68,10 +69,11 @@ def test_guesses_are_worth_their_cost():
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12)), min_size=1, max_size=4),
     st.integers(0, 3),
     st.lists(st.floats(0, 0.8), min_size=1, max_size=15),
+    st.tuples(st.floats(0, 0.5), st.floats(0, 0.2)),
 )
-def test_the_best_number_is_found(sequences, others, more):
+def test_the_best_number_is_found(sequences, others, more, draft):
     """By the closed form of a geometric sum, for every number."""
-    costs, slots = Costs(tuple(np.cumsum([1.0, *more]).tolist())), len(sequences) + others
+    costs, slots = Costs(tuple(np.cumsum([1.0, *more]).tolist()), *draft), len(sequences) + others
 
     def gain(guesses):
         tokens = sum(
@@ -87,9 +89,9 @@ def test_the_best_number_is_found(sequences, others, more):
 
 
 def test_costs_are_those_of_steps():
-    costs = Costs((1.0, 1.5, 1.8), guess=0.1)
+    costs = Costs((1.0, 1.5, 1.8), first_guess=0.3, guess=0.1)
     assert costs.of(1, 0) == 1.0
-    assert costs.of(1, 1) == pytest.approx(1.6)
+    assert costs.of(1, 1) == pytest.approx(1.5 + 0.3)
     assert costs.of(3, 0) == pytest.approx(1.8)
-    assert costs.of(2, 2) == pytest.approx(1.8 + 3 * 0.4 + 2 * 0.1)  # six tokens, of which three were not timed
+    assert costs.of(2, 2) == pytest.approx(1.8 + 3 * 0.4 + 0.3 + 0.1)  # six tokens, of which three were not timed
     assert Costs((1.0,)).of(4, 3) == 1.0
