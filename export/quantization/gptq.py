@@ -11,14 +11,20 @@ import numpy as np
 import torch
 
 SHRINK = np.linspace(0.6, 1.0, 17)  # of the largest weight in a block: candidates for what the largest code means
-DAMPING = 0.01  # of the mean diagonal of the activations' second moments
+DAMPING = 0.01, 1.0  # the least and the most, in the mean diagonal of the activations' second moments
+CAUTION = 5  # times the shrinkage that estimates the moments themselves best: their inverse is used, and errs more
 CHUNK, TILE = 2048, 256  # rows taken at a time, and those of steps whose intermediates are to stay in a core's cache
 STRIDE = 32  # columns that are rounded one by one between two products
 
 
 def scale_search(weight: torch.Tensor, importance: torch.Tensor, largest: int) -> torch.Tensor:
-    """The scales (G, N) of column blocks (G, block, N) that lose least, errors weighted by importance (G, block)."""
-    peak = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    """The scales (G, N) of column blocks (G, block, N) that lose least, errors weighted by importance (G, block).
+
+    There is one more code below zero than above. A scale is negative where the largest weight of its block is positive,
+    so that this weight has the lowest code, and steps are smaller.
+    """
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    peak = torch.where(high > -low, -high.clamp(min=1e-12), (-low).clamp(min=1e-12)) / largest
     unit, shares = weight / peak, importance[:, None]
     best, least = torch.ones_like(peak), torch.full_like(peak, torch.inf)
     for shrink in SHRINK.tolist():
@@ -28,8 +34,21 @@ def scale_search(weight: torch.Tensor, importance: torch.Tensor, largest: int) -
     return (best * peak)[:, 0]
 
 
+def damping_of(moments: torch.Tensor, tokens: int) -> float:
+    """The damping, see `round_with_feedback`, of moments (K, K) that were summed over so few tokens.
+
+    What is chance in them grows with the directions that activations spread over, and falls with the tokens: a multiple
+    of the shrinkage towards the mean diagonal that estimates moments best (OAS, arXiv 0907.4698).
+    """
+    size = len(moments)
+    trace, square = float(moments.trace()) ** 2, float(moments.square().sum(dtype=torch.float64))
+    own, rest = (1 - 2 / size) * square + trace, (tokens + 1 - 2 / size) * (square - trace / size)
+    least, most = DAMPING
+    return min(max(CAUTION * own / max(rest, 1e-12), least), most)
+
+
 def round_with_feedback(
-    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor, damping: float = DAMPING
+    weight: torch.Tensor, bits: int, block: int, moments: torch.Tensor, damping: float = DAMPING[0]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales that keep W·x, for x of these second moments (K, K), rather than W.
 
@@ -109,7 +128,8 @@ def _fitted_tile(
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     target = (codes * products).view(count, block, rows).sum(1).T.double()
     fitted = torch.linalg.solve(system, target).float().T
-    return torch.where((fitted > scales / 2) & (fitted < scales * 2), fitted, scales)
+    change = fitted / scales
+    return torch.where((change > 0.5) & (change < 2), fitted, scales)
 
 
 def _descend(

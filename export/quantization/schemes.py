@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 
 from export.errors import ExportError
-from export.quantization.gptq import DAMPING, round_with_feedback
+from export.quantization.calibration import LENGTH, ROWS
+from export.quantization.gptq import damping_of, round_with_feedback
 from export.quantization.nearest import round_to_nearest
 
 BLOCKS = (128, 64, 32, 16)  # weights to a scale: of those up to a largest, the first that divides K
@@ -42,7 +43,7 @@ class Scheme:
     `bits` of a stored code: 8 or 4. `block`: weights to a scale at most, unless asked for; also of a table of
     embeddings, whatever is asked for. `kl_limit`: what verification allows, in nats, mean over positions. `calibrates`:
     `round` wants second moments of the activations. `round` returns codes (N, K), integers from -2^(bits-1) to
-    2^(bits-1) - 1 in a float tensor, and scales (N, K / block), float32.
+    2^(bits-1) - 1 in a float tensor, and scales (N, K / block), float32, of either sign.
     """
 
     name: str
@@ -60,7 +61,7 @@ def _nearest(bits: int, weight: Weight) -> Codes:
 def _gptq(bits: int, weight: Weight) -> Codes:
     if weight.moments is None:
         return _nearest(bits, weight)
-    damping = TABLE_DAMPING if weight.looked_up else DAMPING
+    damping = TABLE_DAMPING if weight.looked_up else damping_of(weight.moments, ROWS * LENGTH)
     return round_with_feedback(weight.values, bits, weight.block, weight.moments, damping)
 
 

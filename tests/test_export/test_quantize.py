@@ -17,7 +17,7 @@ from export import ExportError, OnnxOptions, export_onnx
 from export.bench.cost import linear_layers
 from export.lower import OnnxContext
 from export.quantization.calibration import second_moments, written_moments
-from export.quantization.gptq import round_with_feedback, scale_search
+from export.quantization.gptq import DAMPING, damping_of, round_with_feedback, scale_search
 from export.quantization.nearest import round_to_nearest
 from export.quantization.schemes import SCHEMES
 from export.quantization.weights import activations, block_size, quantizable
@@ -66,7 +66,7 @@ def test_feedback_without_correlation_rounds_each_weight_on_its_own():
     weight[7] = 0
     codes, scales = round_with_feedback(weight, 4, 64, 1e6 * torch.eye(128))
     whole = scales.repeat_interleave(64, 1)
-    assert ((codes * whole - weight).abs() <= 0.51 * whole)[codes.abs() < 7].all()
+    assert ((codes * whole - weight).abs() <= 0.51 * whole.abs())[codes.abs() < 7].all()
     searched = scale_search(weight.T.reshape(2, 64, 40), torch.ones(2, 64), 7).T.repeat_interleave(64, 1)
     nearest = (weight / searched).round().clamp(-8, 7) * searched
     rest = torch.arange(40) != 7
@@ -75,6 +75,30 @@ def test_feedback_without_correlation_rounds_each_weight_on_its_own():
     torch.testing.assert_close(
         (codes * (codes * whole - weight)).view(40, 2, 64).sum(-1), torch.zeros(40, 2), atol=2e-3, rtol=0
     )
+
+
+def test_the_largest_weight_of_a_block_has_the_lowest_code():
+    """Of -8 to 7: a block loses as much as its mirror image, and the scale has the other sign."""
+    blocks = torch.randn(3, 64, 40, generator=torch.Generator().manual_seed(0))
+    scales = scale_search(blocks, torch.ones(3, 64), 7)
+    torch.testing.assert_close(scale_search(-blocks, torch.ones(3, 64), 7), -scales)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
+    assert (scales * largest < 0).all()
+
+
+def test_damping_grows_where_moments_are_chance():
+    """Few tokens that spread over all directions, against many, or tokens that lie in a few."""
+    draw = torch.Generator().manual_seed(0)
+    few, weight = torch.randn(1000, 256, generator=draw), torch.randn(96, 256, generator=draw)
+    narrow = few * torch.logspace(0, -3, 256)
+    spread, concentrated = damping_of(few.T @ few, len(few)), damping_of(narrow.T @ narrow, len(few))
+    assert DAMPING[0] < concentrated < spread / 4
+    assert damping_of(narrow.T @ narrow, 4 * len(few)) < 0.3 * concentrated
+    losses = []
+    for share in (DAMPING[0], spread):
+        codes, scales = round_with_feedback(weight, 4, 64, few.T @ few, share)
+        losses.append((dequantized(codes, scales) - weight).square().mean())  # inputs to come are independent
+    assert losses[1] < 0.95 * losses[0]
 
 
 def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
