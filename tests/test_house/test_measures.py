@@ -1,4 +1,4 @@
-"""What a reader can hold in mind: the size of files, functions and signatures of the three packages."""
+"""What a reader can hold in mind: the size of files, and of functions and signatures of the three packages."""
 
 import ast
 from collections.abc import Iterator
@@ -42,6 +42,11 @@ def test_files_functions_and_signatures_are_short(path):
         assert function.end_lineno is not None
         assert function.end_lineno - function.lineno < FUNCTION_LINES, name
         assert arguments(function) <= ARGUMENTS or name in EXCEPTIONS, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_tests_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
 
 
 def test_every_exception_is_needed():

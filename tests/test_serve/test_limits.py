@@ -23,7 +23,7 @@ from runtime.errors import RequestError
 from runtime.serve.options import ServeOptions
 from runtime.serve.server import bind
 from test_serve.chats import ENDLESS
-from test_serve.conftest import make_artifact, serving
+from test_serve.conftest import make_artifact, serving, wait_for
 
 MODEL, SECRET = "doge-3m", "a text that nobody else should read"
 
@@ -48,13 +48,6 @@ def in_threads(count, ask):
     for thread in threads:
         thread.start()
     return threads, found
-
-
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_what_the_queue_has_no_room_for_is_told_to_try_again(artifact):
