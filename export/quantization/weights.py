@@ -23,6 +23,7 @@ from export.quantization.schemes import BLOCKS, Scheme, Weight
 from export.quantization.workers import one_thread_each
 from export.rewrites.initializer import add_initializer
 from export.rewrites.names import MODULE
+from runtime.host.memory import release_files
 
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
@@ -120,6 +121,7 @@ def quantize_graph(
         for members, found in zip(groups.values(), workers.map(rounded, groups.items()), strict=True):
             for use, (codes, scales) in zip(members, found, strict=True):
                 _replace(graph, use, codes, scales, scheme.bits)
+            release_files(path.parent.resolve())  # the float weights are mapped
             progress.advance(len(members))
     return graph
 

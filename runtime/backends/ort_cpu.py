@@ -19,7 +19,7 @@ from runtime.backends.ort import MISSING, first_line, open_session, session_opti
 from runtime.errors import ArtifactError
 from runtime.host.budget import Budget
 from runtime.host.denormals import flushed_denormals
-from runtime.host.memory import check_memory, return_freed, use_huge_pages
+from runtime.host.memory import check_memory, release, release_files, return_freed, use_huge_pages
 
 ALIGNMENT = 64  # bytes, a line of a processor's cache
 SHORT = 16  # steps of so few tokens come again and again, so their bindings are kept
@@ -59,6 +59,8 @@ class OnnxSession:
             raise
         except Exception as error:  # ONNX Runtime's own exceptions share no narrower base
             raise ArtifactError(f"{path}: ONNX Runtime refuses it: {first_line(error)}") from error
+        release_files(artifact.path.resolve())
+        return_freed()
         self.chunk = self.graph.chunk
         self.most_rows = self.graph.most_rows
         self.batch = self.capacity = self.reserved = 0
@@ -77,6 +79,7 @@ class OnnxSession:
             self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
             self.eviction = Eviction(self.graph, batch)
             self.batch, self.reserved = batch, capacity
+            self.memory, self.caches, self._bindings = [], [], {}  # which is freed first
             self.memory = _buffers(self.graph.states, batch, rows)
         self._lay_out(self.graph.capacities[0])
 
@@ -88,6 +91,7 @@ class OnnxSession:
             roomier = _buffers(self.graph.states, self.batch, new)
             for flat, held in zip(roomier, self.memory, strict=True):
                 flat[: held.size] = held
+                release(held)  # or, at the end, both were there whole
             self.memory = roomier
         self.reserved = max(capacity, self.reserved)
         if new == old:

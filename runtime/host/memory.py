@@ -4,11 +4,15 @@ Linux grants more memory than there is, and kills who then uses it.
 """
 
 import ctypes
+import mmap
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+
+import numpy as np
 
 from runtime.errors import RequestError
 
@@ -27,6 +31,8 @@ SMALL_BLOCK, LARGE_BLOCK, LARGE_REST = 512 << 10, 32 << 20, 64 << 20
 COLLAPSE = 25  # the advice MADV_COLLAPSE of <linux/mman.h>
 # In smaps, a range of this process's memory that holds no file, and what follows about it.
 ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *(?:\[heap\])?\n((?:\w+: .*\n)+)", re.MULTILINE)
+# The same of a range that holds a file.
+MAPPED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r[w-]-[ps] [0-9a-f]+ \S+ \d+ +(/.*)\n((?:\w+: .*\n)+)", re.MULTILINE)
 
 
 def check_memory(size: int, what: str, freed: int = 0) -> None:
@@ -85,6 +91,31 @@ def return_freed() -> None:
         library.malloc_trim(0)
 
 
+def release(array: np.ndarray) -> None:
+    """Give back the memory of an array that nothing reads any more, but for its first and last page.
+
+    Its numbers become undefined. Nothing where the system has no such advice.
+    """
+    if sys.platform == "linux":
+        start, page = array.ctypes.data, mmap.PAGESIZE
+        first, end = -(-start // page) * page, (start + array.nbytes) // page * page
+        if first < end:
+            _advise(first, end - first, mmap.MADV_DONTNEED)
+
+
+def release_files(folder: Path) -> None:
+    """Take the pages of mapped files in `folder` out of this process's memory, of ranges that it has not written to.
+
+    A load reads the weights there to lay them out anew. Whoever reads such a page again gets it from the file.
+    """
+    if sys.platform == "linux":
+        for match in MAPPED.finditer(_text(Path("/proc/self/smaps"))):
+            unwritten = re.search(r"^Anonymous: +0 kB$", match[4], re.MULTILINE) is not None
+            if unwritten and Path(match[3]).is_relative_to(folder):
+                start, end = int(match[1], 16), int(match[2], 16)
+                _advise(start, end - start, mmap.MADV_DONTNEED)
+
+
 def use_huge_pages() -> Thread | None:
     """Have Linux move what this process holds in memory into huge pages, in the background.
 
@@ -96,17 +127,22 @@ def use_huge_pages() -> Thread | None:
     size = _number(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"), r"(\d+)")
     if size is None:
         return None
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     def move() -> None:
         for start, end in _small_pages(_text(Path("/proc/self/smaps"))):
             for at in range(-(-start // size) * size, end // size * size, size):
-                advise(at, size, COLLAPSE)
+                _advise(at, size, COLLAPSE)
 
     thread = Thread(target=move, name="huge pages", daemon=True)
     thread.start()
     return thread
+
+
+def _advise(start: int, size: int, advice: int) -> None:
+    """madvise(2), whose refusal leaves all as it was."""
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    call(start, size, advice)
 
 
 def _small_pages(smaps: str, full: float = 0.9) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import multiprocessing
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,21 @@ def free_blocks():
         assert resident() - before < count * size * 3 // 4
         del blocks
     assert resident() - before < count * size // 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a system without this advice")
+def test_released_memory(tmp_path):
+    """Pages that were given back count no more; those of a file are read again, but for those that were written to."""
+    size = 8 << 20
+    array = np.ones(size, np.uint8)
+    _, before = huge_and_resident(array.ctypes.data + size // 2)
+    memory.release(array)
+    assert huge_and_resident(array.ctypes.data + size // 2)[1] <= before - size * 3 // 4
+    (tmp_path / "file").write_bytes(bytes([7]) * size)
+    mapped = {access: np.memmap(tmp_path / "file", np.uint8, access) for access in ("r", "c")}
+    mapped["c"][0] = 8
+    held = [mapped[access].sum(dtype=np.int64) for access in ("r", "c")]
+    memory.release_files(tmp_path)
+    resident = [huge_and_resident(mapped[access].ctypes.data)[1] for access in ("r", "c")]
+    assert resident == [0, size]
+    assert [mapped[access].sum(dtype=np.int64) for access in ("r", "c")] == held == [7 * size, 7 * size + 1]
