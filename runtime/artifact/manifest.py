@@ -355,8 +355,10 @@ def _complaint(message: str, value: Any) -> str:
         return f"{place}.{missing[1]} is missing"
     if wrong := re.fullmatch(r"Expected (.*), got (.*)", reason):
         return f"{place} is {wrong[2]}; expected {wrong[1]}"
+    if reason.startswith("Invalid "):  # "Invalid enum value" and the value, which may be long
+        return f"{place} is {shown(value)}, which is none of its values"
     if not reason.startswith("Expected "):
-        return f"{place}: {reason}"
+        return f"{place}: {reason[:200]}"
     found = f"has {len(value)} entries" if isinstance(value, list) else f"is {shown(value)}"
     return f"{place} {found}; e{reason[1:]}"
 

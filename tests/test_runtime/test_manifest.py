@@ -46,6 +46,12 @@ def test_what_is_written_is_what_was_read():
     assert parse_manifest(manifest_json(indexed), Path("manifest.json")) == indexed
 
 
+def test_a_long_wrong_value_is_shown_in_short():
+    with pytest.raises(ArtifactError, match="is 'x+\\.\\.\\.x+', which is none of its values; export again") as refused:
+        read(lambda values: values["graph"]["states"][0]["shape"].__setitem__(0, "x" * 5000))
+    assert len(str(refused.value)) < 300
+
+
 def test_what_would_not_be_read_is_not_written():
     manifest = read()
     with pytest.raises(ArtifactError, match=r"graph\.max_batch is 0; expected int >= 1"):
