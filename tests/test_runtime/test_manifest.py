@@ -47,7 +47,7 @@ def test_what_is_written_is_what_was_read():
 
 
 def test_a_long_wrong_value_is_shown_in_short():
-    with pytest.raises(ArtifactError, match="is 'x+\\.\\.\\.x+', which is none of its values; export again") as refused:
+    with pytest.raises(ArtifactError, match=r"is 'x+\.\.\.x+', which is none of its values; export again") as refused:
         read(lambda values: values["graph"]["states"][0]["shape"].__setitem__(0, "x" * 5000))
     assert len(str(refused.value)) < 300
 
