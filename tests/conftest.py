@@ -42,7 +42,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise)
 
 
-def rival(**changes: object) -> transformers.DogeForCausalLM | transformers.DogeForSequenceClassification:
+def baseline(**changes: object) -> transformers.DogeForCausalLM | transformers.DogeForSequenceClassification:
     """transformers' own Doge, small and randomised; a classifier where `num_labels` or `id2label` says so."""
     classifies = {"num_labels", "id2label"} & changes.keys()
     kind = transformers.DogeForSequenceClassification if classifies else transformers.DogeForCausalLM

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from test_export.conftest import lowered
 
@@ -93,7 +93,7 @@ def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     models = []
     for name, scale in (("one", 1.0), ("two", 0.7)):
-        model = ours(rival(vocab_size=32768, bos_token_id=0, eos_token_id=1), expert_routing="token")
+        model = ours(baseline(vocab_size=32768, bos_token_id=0, eos_token_id=1), expert_routing="token")
         model.model.norm.weight.data *= scale
         model.save_pretrained(root / name)
         shipped_tokenizer().save_pretrained(root / name)

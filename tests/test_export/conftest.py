@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, ours, randomise, rival
+from conftest import SMALL, baseline, ours, randomise
 
 from export import OnnxOptions, export_onnx
 from export.lower import cache_window, lower
@@ -61,7 +61,7 @@ def save_checkpoint(directory: Path, tokenizer: bool = False, logit_scale: float
         model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **changes}))
         randomise(model)
     else:
-        model = ours(rival(**changes), expert_routing="token")
+        model = ours(baseline(**changes), expert_routing="token")
     model.model.norm.weight.data *= logit_scale
     model.save_pretrained(directory)
     if tokenizer:

@@ -235,9 +235,9 @@ def test_option_errors(exported, tmp_path, options, words):
 
 
 def test_batch_routing_is_refused(tmp_path):
-    from conftest import rival
+    from conftest import baseline
 
-    rival(is_moe=True, num_experts=16, num_experts_per_tok=2).save_pretrained(tmp_path / "checkpoint")
+    baseline(is_moe=True, num_experts=16, num_experts_per_tok=2).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ExportError, match=r"expert_routing.*token"):
         export_onnx(tmp_path / "checkpoint", tmp_path / "artifact")
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from hashlib import sha256
 
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_trust.samples import rewrite
 from test_trust.test_signature import write_keys
 
@@ -21,7 +21,7 @@ PASSED = Comparison("", 1, 0.0, 1.0, 0.0, None, 1.0, 0, True)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    model = ours(rival(num_hidden_layers=1), expert_routing="token")
+    model = ours(baseline(num_hidden_layers=1), expert_routing="token")
     return lowered(tmp_path_factory.mktemp("made") / "artifact", model).path
 
 

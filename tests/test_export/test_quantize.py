@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from transformers import PreTrainedTokenizerFast
 
 from export import ExportError, OnnxOptions, export_onnx
@@ -103,7 +103,7 @@ def test_damping_grows_where_moments_are_chance():
 
 def test_a_bias_left_out_is_found_though_a_is_zero(tmp_path, monkeypatch):
     """Where A is 0 all biases are equal, and only the comparison with A drawn at random sees them."""
-    model = ours(rival(), expert_routing="token")
+    model = ours(baseline(), expert_routing="token")
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.A)
     model.save_pretrained(tmp_path / "checkpoint")

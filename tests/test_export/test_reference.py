@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 
 from export.verification.reference import eager_logits, references
 
@@ -15,7 +15,7 @@ CHANGES = [{}, {"dynamic_mask_ratio": 0.3}, {"keep_window_size": 16}]
 @pytest.mark.parametrize("changes", CHANGES, ids=["dense", "a share of keys", "a window"])
 @pytest.mark.parametrize("text", [None, np.random.default_rng(1).integers(0, 211, (3, 40))], ids=["random", "text"])
 def test_each_case_is_answered_for_what_its_slots_read(changes, text):
-    model = ours(rival(), **changes)
+    model = ours(baseline(), **changes)
     bounds = SimpleNamespace(max_length=96, max_batch=4, window=None)
     answers, _ = references(model, bounds, text)
     assert [bool(reference.drawn) for reference in answers] == [False, True]

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_trust.samples import rewrite
 
 from export.rewrites.narrow_float64 import narrow_float64
@@ -18,7 +18,7 @@ KEEP, LENGTH = 20, 120
 @pytest.fixture(scope="module", params=[{}, {"attention_bias": True}], ids=["plain", "biased"])
 def selecting(request, tmp_path_factory):
     """An artifact that leaves keys out, evicts rows, and so computes its biases in float64."""
-    model = ours(rival(keep_window_size=KEEP, eos_token_id=None, **request.param), expert_routing="token")
+    model = ours(baseline(keep_window_size=KEEP, eos_token_id=None, **request.param), expert_routing="token")
     return lowered(tmp_path_factory.mktemp("selecting") / "artifact", model, max_length=LENGTH, spare=12).path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import SMALL, ours, randomise, rival
+from conftest import SMALL, baseline, ours, randomise
 from test_runtime.standin import Driver
 
 from export import ExportError, TensorRTOptions, build_tensorrt
@@ -173,7 +173,7 @@ def test_cheems(tmp_path, dtype):
 
 @pytest.mark.slow
 def test_a_classifier(tmp_path):
-    artifact = lowered(tmp_path / "classifier", ours(rival(num_hidden_layers=1, num_labels=3)), "fp16")
+    artifact = lowered(tmp_path / "classifier", ours(baseline(num_hidden_layers=1, num_labels=3)), "fp16")
     engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))
     assert [attention["fused"] for attention in engine["layers"]["attention"]] == [[True, True]]
     assert len(engine["layers"]["cache_updates"]) == 3

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from onnx import helper, numpy_helper
 from test_export.conftest import lowered, save_checkpoint
 from test_runtime import standin
@@ -39,7 +39,7 @@ NAMED = {stage.name: stage for stage in STAGES}
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    dense = ours(rival(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
+    dense = ours(baseline(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
     dense.model.norm.weight.data *= 0.25  # four bits blur logits unless they are small
     dense.save_pretrained(root / "dense")
     save_checkpoint(root / "hybrid", num_hidden_layers=2, **HYBRID)

@@ -8,7 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_export.conftest import lowered
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_the_sdist_has_the_tests(built):
 
 
 def test_a_runtime_only_install_loads_and_generates(built, tmp_path, record_property):
-    artifact = lowered(tmp_path / "artifact", ours(rival(), expert_routing="token")).path
+    artifact = lowered(tmp_path / "artifact", ours(baseline(), expert_routing="token")).path
     venv.create(tmp_path / "venv", with_pip=True)
     programs = tmp_path / "venv" / "bin"
     before = megabytes(tmp_path / "venv")

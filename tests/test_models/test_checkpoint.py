@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import rival
+from conftest import baseline
 from safetensors.torch import load_file, save_file
 
 from wm_models import CheckpointError, DogeForCausalLM, DogeModel
@@ -16,7 +16,7 @@ from wm_models import CheckpointError, DogeForCausalLM, DogeModel
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
-    rival().save_pretrained(directory)
+    baseline().save_pretrained(directory)
     return directory
 
 
@@ -30,7 +30,7 @@ def copy(saved, tmp_path):
                                                                          "num_experts_per_tok": 3}])  # fmt: skip
 @pytest.mark.parametrize("shard", ["5GB", "50KB"])
 def test_round_trip_with_transformers(change, shard, tmp_path, tokens):
-    theirs = rival(**change)
+    theirs = baseline(**change)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     mine = DogeForCausalLM.from_pretrained(tmp_path / "theirs")
     mine.save_pretrained(tmp_path / "mine", max_shard_size=shard)
@@ -189,7 +189,7 @@ def test_the_whole_file_is_read_before_an_index(copy):
 
 
 def test_missing_shard(tmp_path):
-    rival().save_pretrained(tmp_path, max_shard_size="50KB")
+    baseline().save_pretrained(tmp_path, max_shard_size="50KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     fails(tmp_path, shard.name)
@@ -197,7 +197,7 @@ def test_missing_shard(tmp_path):
 
 def sharded(directory):
     """A checkpoint in shards, and how to change its index."""
-    rival().save_pretrained(directory, max_shard_size="50KB")
+    baseline().save_pretrained(directory, max_shard_size="50KB")
     path = directory / "model.safetensors.index.json"
 
     def change(edit):
@@ -279,7 +279,7 @@ def test_links_of_the_directory_itself_and_of_the_hub_are_its_own(saved, tmp_pat
 @pytest.mark.parametrize("metadata", [None, 3])
 def test_an_index_needs_no_metadata(tmp_path, tokens, metadata):
     """transformers itself fails there with a KeyError."""
-    expected = rival()
+    expected = baseline()
     _, change = sharded(tmp_path)
     change(lambda index: index.pop("metadata") if metadata is None else index.update(metadata=metadata))
     found = DogeForCausalLM.from_pretrained(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, ours, randomise, rival
+from conftest import SMALL, baseline, ours, randomise
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -22,12 +22,12 @@ def fresh_compiler():
 @pytest.fixture(params=["dense", "experts", "hybrid"])
 def model(request):
     if request.param == "classifier":
-        return ours(rival(num_labels=3))
+        return ours(baseline(num_labels=3))
     if request.param == "hybrid":
         hybrid = CheemsForCausalLM(CheemsConfig(**SMALL, attn_layer_period=3, attn_layer_offset=1, ssd_chunk_size=16))
         randomise(hybrid)
         return hybrid.eval()
-    return ours(rival(**(ROUTED if request.param == "experts" else {})), expert_routing="token")
+    return ours(baseline(**(ROUTED if request.param == "experts" else {})), expert_routing="token")
 
 
 def test_training_forward_and_backward(model, tokens):
@@ -53,7 +53,7 @@ def test_training_forward_and_backward(model, tokens):
 @pytest.mark.parametrize("changes", [{}, {"keep_window_size": 24}], ids=["all keys", "blocks"])
 def test_checkpointed_layers_have_the_gradients_of_eager_ones(changes, tokens):
     """Each layer, or each block's attention, is computed again in the backward pass."""
-    model = ours(rival(num_hidden_layers=2), expert_routing="token", **changes).train()
+    model = ours(baseline(num_hidden_layers=2), expert_routing="token", **changes).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     gradients = []
     for forward in (model, torch.compile(model, fullgraph=True)):
@@ -95,7 +95,7 @@ def test_step_prefill_and_decode(model, tokens):
 @torch.no_grad()
 def test_a_share_of_the_keys_dropped(tokens):
     """`dynamic_mask_ratio`, against the eager steps: how many keys go depends on each slot's length at each step."""
-    model = ours(rival(num_hidden_layers=1), dynamic_mask_ratio=0.25)
+    model = ours(baseline(num_hidden_layers=1), dynamic_mask_ratio=0.25)
     compiled = torch.compile(model.step, fullgraph=True)
     caches, others = model.new_caches(3, 60), model.new_caches(3, 60)
     held, new = torch.zeros(3, dtype=torch.int64), torch.tensor([30, 11, 23])
@@ -128,7 +128,7 @@ def test_generate_compiles_itself(tokens):
     """`_can_compile_fullgraph` lets `generate` compile the decode step; the token ids stay the same."""
     from transformers import CompileConfig
 
-    model = ours(rival())
+    model = ours(baseline())
     assert model._can_compile_fullgraph
     config = CompileConfig(fullgraph=True, mode="default")
     config._compile_all_devices = True  # transformers compiles on accelerators only, unless told

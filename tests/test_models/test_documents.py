@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from torch.nn import functional as F
 
 from wm_models.layers.attention import document_index
@@ -29,7 +29,7 @@ def test_index():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_as_if_alone(name):
-    model = ours(rival(**VARIANTS[name]), expert_routing="token").double()
+    model = ours(baseline(**VARIANTS[name]), expert_routing="token").double()
     ids, positions = row(LENGTHS)
     labels = torch.where(positions == 0, -100, ids)
     packed = model(ids, position_ids=positions, labels=labels, use_cache=False)
@@ -45,7 +45,7 @@ def test_as_if_alone(name):
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [2] * 200, [1] * 400, [400]], ids=["mixed", "pairs", "ones", "one"])
 def test_float32_loses_nothing_however_many_documents(lengths):
-    model = ours(rival())
+    model = ours(baseline())
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.arange(sum(lengths))[None] % 211
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_float32_loses_nothing_however_many_documents(lengths):
 
 def test_bfloat16_keeps_more_than_256_documents_apart():
     """In the last of many documents, other ids earlier in the row change nothing at all."""
-    model = ours(rival()).bfloat16()
+    model = ours(baseline()).bfloat16()
     ids, positions = row([1] * 300 + [100], 100)
     other = ids.clone()
     other[0, :300] = (ids[0, :300] + 1) % 100
@@ -67,7 +67,7 @@ def test_bfloat16_keeps_more_than_256_documents_apart():
 
 @pytest.mark.parametrize("name", ["channels", "sliding window"])
 def test_against_transformers(name):
-    theirs = rival(**VARIANTS[name])
+    theirs = baseline(**VARIANTS[name])
     ids, positions = row(LENGTHS)
     ids, positions = ids.repeat(2, 1), torch.cat([positions, torch.arange(ids.shape[1])[None]])
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_against_transformers(name):
 
 
 def test_one_graph():
-    model = ours(rival())
+    model = ours(baseline())
     compiled = torch.compile(model, fullgraph=True)
     for step, lengths in enumerate((LENGTHS, [100, 53], [153])):
         ids, positions = row(lengths)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, ours, rival
+from conftest import assert_close, baseline, ours
 from transformers import DynamicCache
 
 from wm_models import DogeConfig
@@ -21,7 +21,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
 def pair(request):
-    theirs = rival(**request.param)
+    theirs = baseline(**request.param)
     return theirs, ours(theirs)
 
 
@@ -79,7 +79,7 @@ def test_cached_steps(pair, tokens):
 @torch.no_grad()
 def test_the_cache_under_its_earlier_name(tokens):
     """Code written for earlier transformers goes on working: the argument and the output."""
-    model = ours(rival())
+    model = ours(baseline())
     with pytest.warns(FutureWarning, match="past_key_values"):
         first = model(tokens[:1, :30], past_key_values=DynamicCache(), use_cache=True)
     found = model(tokens[:1, 30:31], cache=first.past_key_values).logits
@@ -103,7 +103,7 @@ def test_batched_generate_with_left_padding(pair, tokens):
 @pytest.mark.parametrize("variant", ["dense", "untied, biased", "keep window", "sliding window", "experts"])
 def test_step(variant, tokens):
     """The static step, ragged and with idle slots, against one uncached pass."""
-    model = ours(rival(**VARIANTS[variant]), expert_routing="token")
+    model = ours(baseline(**VARIANTS[variant]), expert_routing="token")
     full = model(tokens).logits
     caches, held = model.new_caches(3, 100), torch.zeros(3, dtype=torch.long)
     for new in ([40, 9, 0], [1, 1, 1], [1, 0, 1], [3, 7, 20], *[[1, 1, 1]] * 10, [0, 5, 1]):
@@ -123,7 +123,7 @@ def test_step(variant, tokens):
 @torch.no_grad()
 def test_token_routing_is_causal_and_equals_transformers_token_by_token(tokens):
     """In float64: these weights amplify float32's rounding to more than the limit."""
-    theirs = rival(is_moe=True, num_experts=64, num_experts_per_tok=5).double()
+    theirs = baseline(is_moe=True, num_experts=64, num_experts_per_tok=5).double()
     mine, cache = ours(theirs, expert_routing="token").double(), None
     whole = mine(tokens[:1, :40]).logits
     assert_close(mine(tokens[:1, :20]).logits, whole[:, :20])
@@ -158,7 +158,7 @@ def test_training_loss_and_gradients(pair, tokens, mask):
 
 
 def test_fully_padded_rows_stay_finite(tokens):
-    model = ours(rival())
+    model = ours(baseline())
     mask = torch.ones_like(tokens)
     mask[0, :60] = 0
     assert torch.isfinite(model(tokens, attention_mask=mask).logits).all()
@@ -192,7 +192,7 @@ def test_routing_survives_saving(tmp_path):
 
 
 def test_rotary_frequencies_stay_float32():
-    model = ours(rival())
+    model = ours(baseline())
     before = model.model.rotary_emb.frequencies.clone()
     after = model.to(torch.bfloat16).model.rotary_emb.frequencies
     assert after.dtype == torch.float32

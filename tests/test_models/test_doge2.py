@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import assert_close, randomise, rival
+from conftest import assert_close, baseline, randomise
 from transformers.models.doge import modeling_doge
 
 from export import OnnxOptions, export_onnx
@@ -26,7 +26,7 @@ def reference(monkeypatch):
     monkeypatch.setattr(modeling_doge, "repeat_kv", repeat_what_is_narrow)
 
     def build(directory, **changes):
-        model = rival(attn_implementation="sdpa", **changes)
+        model = baseline(attn_implementation="sdpa", **changes)
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.A = torch.nn.Parameter(torch.zeros(4))

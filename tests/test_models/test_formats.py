@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
-from conftest import DATA, assert_close, golden, randomise, rival
+from conftest import DATA, assert_close, baseline, golden, randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,7 +129,7 @@ def test_one_line_names_the_format(name, tmp_path, caplog):
 
 
 def test_transformers_is_named_too(tmp_path, caplog):
-    rival().save_pretrained(tmp_path)
+    baseline().save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "wm_models"):
         DogeForCausalLM.from_pretrained(tmp_path)
     assert "format transformers" in caplog.text
@@ -182,7 +182,7 @@ def assert_same(found, expected, ids):
 def test_saving_any_format(name, tmp_path, caplog):
     """Saved, every format loads again with the same outputs; as transformers' Doge only where that is the same."""
     if name == "transformers":
-        rival().save_pretrained(tmp_path / "first")
+        baseline().save_pretrained(tmp_path / "first")
         model = DogeForCausalLM.from_pretrained(tmp_path / "first")
     else:
         model, _ = load(name, tmp_path / "first")
@@ -272,7 +272,7 @@ def other_format():
 def test_a_format_from_outside(other_format, tmp_path, caplog):
     """One entry, and its checkpoints load, are exported, verified and run."""
     model = DogeForCausalLM(
-        DogeConfig.from_dict({**rival().config.to_dict(), "expert_routing": "token", "eos_token_id": None})
+        DogeConfig.from_dict({**baseline().config.to_dict(), "expert_routing": "token", "eos_token_id": None})
     )
     model.eval()
     randomise(model)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SMALL, assert_close, ours, randomise, rival
+from conftest import SMALL, assert_close, baseline, ours, randomise
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import QuantizedLayer
@@ -61,7 +61,7 @@ def test_drafts_of_another_model(kind, prompt):
 
 
 def test_prompt_lookup_and_beams(model, prompt):
-    theirs = rival()
+    theirs = baseline()
     mine = ours(theirs)
     assert torch.equal(mine.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), mine.generate(prompt, **GREEDY))
     beams = {**GREEDY, "num_beams": 3}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -65,7 +65,7 @@ def test_autocast(case):
 def test_parts_of_a_batch_add_up(experts, tokens):
     """Losses of two parts, each with the whole batch's count, are the whole's; the routers' loss is averaged alike."""
     changes = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4} if experts else {}
-    model = ours(rival(**changes), expert_routing="token").train()
+    model = ours(baseline(**changes), expert_routing="token").train()
     labels = tokens.clone()
     labels[0, :50] = IGNORED
     count = (labels[:, 1:] != IGNORED).sum()
@@ -83,7 +83,7 @@ def test_parts_of_a_batch_add_up(experts, tokens):
 
 
 def test_logits_are_left_out_in_training(tokens):
-    model = ours(rival())
+    model = ours(baseline())
     assert model(tokens, labels=tokens).logits.shape == (3, 100, 211)
     assert model(tokens, labels=tokens, skip_logits=True).logits is None
     model.train()
@@ -106,7 +106,7 @@ class Shapes(TorchDispatchMode):
 
 def test_training_makes_no_square_of_the_sequence_and_no_logits_of_the_batch(monkeypatch):
     monkeypatch.setattr(wm_models.losses, "CHUNK_LOGITS", 211 * 50)
-    model, length = ours(rival()).train(), 160
+    model, length = ours(baseline()).train(), 160
     ids = torch.randint(0, 211, (2, length), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(100), torch.arange(60)])[None]
     with Shapes() as shapes:

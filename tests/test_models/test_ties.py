@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, ours, randomise, rival
+from conftest import SMALL, baseline, ours, randomise
 from test_export.conftest import lowered
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
@@ -110,7 +110,7 @@ def test_training_form_and_gradients_are_those_of_the_plain_product():
 @torch.no_grad()
 def test_distinct_tokens_are_transformers():
     """As ever: where biases differ, the keys kept are those that transformers' top-k names."""
-    theirs = rival(keep_window_size=24)
+    theirs = baseline(keep_window_size=24)
     ids = torch.randperm(SMALL["vocab_size"], generator=torch.Generator().manual_seed(3))[None, :150]
     expected = theirs(ids).logits
     assert (ours(theirs)(ids).logits - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

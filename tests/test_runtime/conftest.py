@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL as SIZES
-from conftest import ours, randomise, rival
+from conftest import baseline, ours, randomise
 from test_export.conftest import HYBRID, lowered, save_checkpoint
 
 from export import OnnxOptions, export_onnx
@@ -23,7 +23,7 @@ OPTIONS = {
 
 def model_of(name):
     if name == "one head":
-        return ours(rival(num_key_value_heads=1), expert_routing="token")
+        return ours(baseline(num_key_value_heads=1), expert_routing="token")
     model = CheemsForCausalLM(CheemsConfig(**SIZES, **HYBRID))
     randomise(model)
     return model

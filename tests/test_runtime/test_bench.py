@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_export.conftest import lowered
 
 from runtime import RequestError, bench
@@ -16,7 +16,7 @@ RUN = "from runtime.cli import main; main()"
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    return lowered(tmp_path_factory.mktemp("bench") / "artifact", ours(rival(), expert_routing="token")).path
+    return lowered(tmp_path_factory.mktemp("bench") / "artifact", ours(baseline(), expert_routing="token")).path
 
 
 def test_it_measures_start_up_prefill_decode_slots_and_memory(artifact):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import transformers
-from conftest import ours, rival
+from conftest import baseline, ours
 
 from export import OnnxOptions, export_onnx
 from runtime import ArtifactError, RequestError, load
@@ -26,7 +26,7 @@ TEXTS = ["def main(", "import os, sys\nfor name in sorted(os.listdir()):\n    pr
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("classify")
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
-    model = rival(vocab_size=32768, num_hidden_layers=1, pad_token_id=2, **labels)
+    model = baseline(vocab_size=32768, num_hidden_layers=1, pad_token_id=2, **labels)
     ours(model).save_pretrained(root / "checkpoint")
     shipped_tokenizer().save_pretrained(root / "checkpoint")
     assert all(

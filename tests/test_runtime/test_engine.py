@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
@@ -27,7 +27,7 @@ from wm_models import DogeForCausalLM, shipped_tokenizer
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("runtime")
-    ours(rival(vocab_size=32768, eos_token_id=None), expert_routing="token").save_pretrained(root / "checkpoint")
+    ours(baseline(vocab_size=32768, eos_token_id=None), expert_routing="token").save_pretrained(root / "checkpoint")
     shipped_tokenizer().save_pretrained(root / "checkpoint")
     assert all(v.passed for v in export_onnx(root / "checkpoint", root / "artifact", OnnxOptions(max_batch=3)))
     return root / "artifact", DogeForCausalLM.from_pretrained(root / "checkpoint")

@@ -3,7 +3,7 @@
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_export.conftest import lowered
 
 from runtime import RequestError, load
@@ -17,13 +17,13 @@ from test_runtime.standin import Driver, OrtSession
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    model = ours(rival(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
+    model = ours(baseline(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
     return lowered(tmp_path_factory.mktemp("made") / "artifact", model, max_batch=3, max_length=400).path
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    model = ours(rival(num_hidden_layers=1, num_labels=3))
+    model = ours(baseline(num_hidden_layers=1, num_labels=3))
     return lowered(tmp_path_factory.mktemp("classifier") / "artifact", model, max_batch=2, max_length=64).path
 
 

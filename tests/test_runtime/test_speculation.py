@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL as SIZES
-from conftest import ours, randomise, rival
+from conftest import baseline, ours, randomise
 from test_export.conftest import HYBRID, lowered, save_checkpoint
 
 from export import OnnxOptions, export_onnx
@@ -40,7 +40,7 @@ def model_of(name):
         randomise(model)
         return model
     changes = {"keep_window_size": 24} if name == "window" else {}
-    return ours(rival(**changes), expert_routing="token")
+    return ours(baseline(**changes), expert_routing="token")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_export.conftest import lowered
 
 from export.targets.tensorrt import prepare_for_tensorrt
@@ -27,7 +27,7 @@ def made(request, tmp_path_factory):
     import onnx_ir as ir
 
     directory = tmp_path_factory.mktemp("made") / "artifact"
-    model = ours(rival(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
+    model = ours(baseline(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
     artifact = lowered(directory, model, request.param, max_batch=8, max_length=64)
     graph = ir.load(directory / artifact.graph.file)
     prepare_for_tensorrt(graph, artifact.graph, CAPACITY)

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from test_export.conftest import lowered
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
 
     def make(name, spare):
         changes = {"num_hidden_layers": 2, "keep_window_size": KEEP, "eos_token_id": None}
-        model = ours(rival(**changes), expert_routing="token")
+        model = ours(baseline(**changes), expert_routing="token")
         return lowered(root / name, model, max_batch=3, max_length=LENGTH, spare=spare).path
 
     return make("few", SPARE), make("all", LENGTH)

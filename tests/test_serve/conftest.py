@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 from test_export.conftest import lowered
 
 from export.package.manifest import write_manifest
@@ -65,7 +65,7 @@ def classifier(tmp_path_factory) -> Path:
     """A classifier with three labels, and the tokenizer of the presets."""
     root = tmp_path_factory.mktemp("classifier")
     shipped_tokenizer().save_pretrained(root)
-    model = ours(rival(vocab_size=32768, num_labels=3, pad_token_id=2), expert_routing="token")
+    model = ours(baseline(vocab_size=32768, num_labels=3, pad_token_id=2), expert_routing="token")
     texts = {"tokenizer.json": (root / "tokenizer.json").read_bytes()}
     texts["config.json"] = json.dumps(model.config.to_dict(), default=str).encode()
     return make_artifact(root / "classifier", model, texts)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import openai
 import pytest
-from conftest import ours, rival
+from conftest import baseline, ours
 
 from runtime import load
 from runtime.errors import RequestError
@@ -161,7 +161,7 @@ def test_a_long_prompt_lets_the_others_step(artifact):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_step_computes_only_the_slots_in_use_where_bits_may_differ(tmp_path, exact):
-    model = ours(rival(num_attention_heads=1, num_key_value_heads=1))
+    model = ours(baseline(num_attention_heads=1, num_key_value_heads=1))
     engine = load(make_artifact(tmp_path / "one-head", model, {}))
     assert engine.session.row_multiple > 1
     with serving(engine, exact=exact) as served:
@@ -203,10 +203,10 @@ def test_pages_of_other_origins_may_call_where_they_are_allowed(served, artifact
 
 
 def test_a_template_that_loops_is_an_error_and_a_lack_of_one_too(artifact, tmp_path):
-    from conftest import ours, rival
+    from conftest import baseline, ours
 
     texts = {"tokenizer.json": (artifact / "tokenizer.json").read_bytes()}
-    model = ours(rival(vocab_size=3072), expert_routing="token")
+    model = ours(baseline(vocab_size=3072), expert_routing="token")
     chat = {"messages": [{"role": "user", "content": "x"}]}
     path = make_artifact(tmp_path / "loops", model, {**texts, "chat_template.jinja": ENDLESS.encode()})
     with serving(load(path)) as served:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ours, rival
+from conftest import baseline, ours
 
 from export import OnnxOptions, export_onnx
 
@@ -24,7 +24,7 @@ SIZES = {
 
 def make_checkpoint(directory: Path, fresh: bool = False, **changes: object) -> Path:
     """A randomised checkpoint, or a `fresh` one as training starts: A zeros, norms and residuals ones."""
-    model = ours(rival(**{**SIZES, **changes}), expert_routing="token")
+    model = ours(baseline(**{**SIZES, **changes}), expert_routing="token")
     if fresh:
         torch.manual_seed(0)
         model = type(model)(model.config)
