@@ -90,7 +90,7 @@ def lowered(
     graph = lower(model.to(dtype=DTYPES[dtype]), all_logits=False, **bounds)
     save_graph(graph, directory, name)
     if scheme != "none":
-        graph = quantize_graph(directory / GRAPH, SCHEMES[scheme], SCHEMES[scheme].block, None)
+        graph = quantize_graph(directory / GRAPH, SCHEMES[scheme], SCHEMES[scheme].block, {})
         save_graph(graph, directory, name, scheme)
     portable = dtype != "bf16" and scheme == "none"
     contract = Graph(
