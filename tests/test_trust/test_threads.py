@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -148,11 +149,12 @@ def test_whoever_looks_finds_an_artifact(artifact, tmp_path):
 
     reader = threading.Thread(target=look)
     reader.start()
-    for turn in range(1000):
+    for turn in range(100):
         with replacing(out, force=True) as new:
             shutil.copytree(artifact, new, dirs_exist_ok=True)
-        if turn >= 30 and "loaded" in seen:  # a busy machine may load for longer than an artifact stays
+        if turn >= 30 and "loaded" in seen:
             break
+        time.sleep(0.01 * turn)  # an artifact stays longer and longer, until it is loaded before it is replaced
     stop.set()
     reader.join()
     assert set(seen) <= {"loaded", "caught between"}
