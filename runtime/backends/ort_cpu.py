@@ -79,7 +79,7 @@ class OnnxSession:
             self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
             self.eviction = Eviction(self.graph, batch)
             self.batch, self.reserved = batch, capacity
-            self.memory, self.caches, self._bindings = [], [], {}  # which is freed first
+            self.memory, self.caches, self._bindings = [], [], {}  # frees the old caches before new ones are made
             self.memory = _buffers(self.graph.states, batch, rows)
         self._lay_out(self.graph.capacities[0])
 
@@ -88,11 +88,11 @@ class OnnxSession:
         old, new = self.graph.rows(self.capacity), self.graph.rows(capacity)
         if new > self.graph.rows(self.reserved):
             self._check_memory(self.graph.states, self.batch, new)
-            roomier = _buffers(self.graph.states, self.batch, new)
-            for flat, held in zip(roomier, self.memory, strict=True):
+            for index, flat in enumerate(_buffers(self.graph.states, self.batch, new)):
+                held = self.memory[index]
                 flat[: held.size] = held
-                release(held)  # or, at the end, both were there whole
-            self.memory = roomier
+                self.memory[index] = flat  # before `held` is released: Ctrl-C in between loses nothing
+                release(held)  # else the old and the new caches are in memory at once
         self.reserved = max(capacity, self.reserved)
         if new == old:
             self.capacity = capacity

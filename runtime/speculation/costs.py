@@ -49,15 +49,15 @@ def measure(target: Slots, draft: Slots | None = None) -> Costs:
     target.reserve(1, max(sizes))
     with target.in_use:
         seconds = _shortest(lambda: _sized(target, sizes))
-        guesses = (0.0, 0.0)
+        first = further = 0.0
         if draft is not None:
             draft.reserve(1, 1)
             with draft.in_use:
-                guesses = tuple(_shortest(lambda: _guesses(target, draft)) / seconds[0])
+                first, further = (_shortest(lambda: _guesses(target, draft)) / seconds[0]).tolist()
             draft.reset()
     target.reset()
     steps = np.interp(np.arange(1, sizes[-1] + 1), sizes, np.maximum.accumulate(seconds) / seconds[0])
-    return Costs(tuple(steps.tolist()), *map(float, guesses))
+    return Costs(tuple(steps.tolist()), first, further)
 
 
 def _shortest(run: Callable[[], list[float]]) -> np.ndarray:

@@ -28,7 +28,7 @@ ROUNDS = 7
 
 def product(inner: int, outer: int, bits: int | None, block: int, way: str) -> onnxruntime.InferenceSession:
     """A session of one product with a constant weight, input `x` (M, inner)."""
-    draw, sizes = np.random.default_rng(0), {"K": inner, "N": outer, "bits": bits, "block_size": block}
+    draw = np.random.default_rng(0)
     if way == "widened":
         nodes = [
             helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], axis=0, block_size=block),
@@ -43,7 +43,7 @@ def product(inner: int, outer: int, bits: int | None, block: int, way: str) -> o
         constants = {"weight": draw.standard_normal((inner, outer), np.float32)}
     else:
         level = {"codes": 4, "float32 activations": 1}[way]
-        given = {**sizes, "accuracy_level": level}
+        given = {"K": inner, "N": outer, "bits": bits, "block_size": block, "accuracy_level": level}
         nodes = [helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **given)]
         constants = {
             "codes": draw.integers(0, 256, (outer, inner // block, block * bits // 8), np.uint8),

@@ -23,6 +23,7 @@ from runtime.speculation.options import GUESSES
 from runtime.speculation.record import Record
 from runtime.speculation.speculator import TRIALS, Speculator
 from runtime.text.sampling import Sampling
+from test_runtime.sequences import collect
 from wm_models import CheemsConfig, CheemsForCausalLM
 
 EARLIER = Path(__file__).parents[1] / "data" / "artifact-schema-1"  # a graph without `logits_index`
@@ -73,13 +74,6 @@ def repetitive(size, seed=0, period=7):
     ids = np.tile(draw.integers(3, 200, period), size // period + 1)[:size]
     ids[draw.random(size) < 0.1] = 5
     return ids.tolist()
-
-
-def collect(scheduler, requests=()):
-    found = {scheduler.begin(request): [] for request in requests}
-    for event in scheduler.run():
-        found.setdefault(event.sequence, []).append(event)
-    return list(found.values())
 
 
 def tokens(events):
