@@ -40,6 +40,16 @@ class OnnxContext(StepContext):
     def replace(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return new
 
+    def split(self, bias: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
+        """By casts: ONNX has no operator for the bits of a number."""
+        if digits == 1:
+            return super().split(bias, digits, dtype)
+        found = []
+        for _ in range(digits - 1):
+            found.append(bias.to(dtype))
+            bias = bias - found[-1].to(bias.dtype)
+        return torch.stack([*found, bias.to(dtype)], dim=-1)
+
     def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return _operator("TensorScatter", (cache, new, self.start), {"axis": 2}, cache)
 

@@ -20,7 +20,7 @@ from export.forms import FORMS, FormOptions, replace_layers
 from export.forms.growing import GrowingAttention
 from export.lower import trace
 from wm_models.decoder import DecoderWithHead
-from wm_models.layers.attention import DMAttention, keep_largest
+from wm_models.layers.attention import DMAttention, keep_largest, narrowed
 
 OPSET = 23
 MOST_ROWS = 1 << 16  # of a batch
@@ -69,7 +69,7 @@ class GrowingContext:
     ) -> torch.Tensor:
         biases = bias[:, :, None]  # (B, H, 1, L)
         if self.selects:
-            mask = keep_largest(biases, self.visible, self.keep)
+            mask = narrowed(keep_largest(biases, self.visible, self.keep), query.dtype)
         else:
             if self.hidden is None:  # once for all layers
                 self.hidden = torch.where(self.visible, biases.new_zeros(()), torch.finfo(biases.dtype).min)
@@ -93,7 +93,7 @@ class GrowingGraph(nn.Module):
     def __init__(self, model: DecoderWithHead, selects: bool):
         super().__init__()
         self.model, self.selects = model, selects
-        replace_layers(model, FormOptions(), {**FORMS, DMAttention: GrowingAttention})
+        replace_layers(model, FormOptions(selects=selects), {**FORMS, DMAttention: GrowingAttention})
 
     def forward(
         self,

@@ -18,10 +18,14 @@ from wm_models.configuration import DogeConfig
 from wm_models.layers.attention import (
     AttentionCache,
     attend_packed,
+    bias_digits,
     cache_rows,
     drop_smallest,
+    join_bias,
     keep_largest,
+    narrowed,
     pack_keys,
+    split_bias,
 )
 from wm_models.layers.context import Advance, LayerCache, State
 from wm_models.layers.rotary import RotaryEmbedding, rotate
@@ -93,7 +97,7 @@ class CacheContext:
         documents: torch.Tensor | None = None,
     ):
         self.rotation, self.cache, self.keep = rotation, cache, config.keep_window_size
-        self.empty, self.ratio = is_empty(cache), config.dynamic_mask_ratio
+        self.empty, self.ratio, self.selects = is_empty(cache), config.dynamic_mask_ratio, config.selects_keys
         self.shape = batch, length = inputs_embeds.shape[:2]
         self.lengths = torch.full((batch,), length, device=inputs_embeds.device) + past_length(cache)
         fits = length <= min(self.keep, config.sliding_window or self.keep) and not self.ratio
@@ -145,48 +149,50 @@ class CacheContext:
     ) -> torch.Tensor:
         if self.padding is not None:
             # low enough that the softmax gives zero, high enough that it is still finite when divided by the scale
-            lowest = torch.finfo(bias.dtype).min * scale / 2
+            lowest = torch.finfo(key.dtype).min * scale / 2
             bias = torch.where(self.padding, bias, lowest)
+        digits = bias_digits(self.selects, key.dtype)
         if self.cache is not None:
-            check_cache(self.cache, layer, query.shape[-1], bias.shape[1] // key.shape[1])
+            check_cache(self.cache, layer, query.shape[-1], bias.shape[1] // key.shape[1] * digits)
         if self.in_blocks:
             if self.cache is not None:
-                self.cache.update(*pack_keys(key, value, bias), layer)
-            return attend_blocks(query, key, value, bias, scale, self.keep, block_size(self.keep), self.documents)
-        packed_key, packed_value = pack_keys(key, value, bias)
+                self.cache.update(*pack_keys(key, value, bias, digits), layer)
+            block = block_size(self.keep)
+            return attend_blocks(query, key, value, bias, scale, self.keep, block, self.documents, digits)
+        packed_key, packed_value = pack_keys(key, value, bias, digits)
         if self.cache is not None:
             remembered = self.cache.update(packed_key, packed_value, layer)
             if not self.empty or self.visible is not None:
                 packed_key, packed_value = remembered
         mask = self.visible
         if mask is not None:
-            biases = unpack_bias(packed_key, query.shape[-1])[:, :, None]
+            biases = unpack_bias(packed_key, query.shape[-1], digits)[:, :, None]
             if packed_key.shape[2] > self.keep:
                 mask = keep_largest(biases, mask, self.keep) > torch.finfo(biases.dtype).min
             if self.ratio:
-                mask = drop_smallest(biases, mask, self.lengths, self.ratio)
+                mask = drop_smallest(biases, mask, self.lengths, self.ratio, query.dtype)
             if mask.shape[1] != 1:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        return attend_packed(query, packed_key, packed_value, scale, mask, self.documents)
+        return attend_packed(query, packed_key, packed_value, scale, mask, self.documents, digits)
 
 
-def check_cache(cache: Cache, layer: int, size: int, groups: int) -> None:
-    """Raise ValueError for a cache that cannot keep packed keys: `groups` biases beside each key of `size` numbers."""
+def check_cache(cache: Cache, layer: int, size: int, channels: int) -> None:
+    """Raise ValueError for a cache that cannot keep packed keys: `channels` numbers beside each key of `size`."""
     kept = cache.layers[layer] if layer < len(cache.layers) else None  # a dynamic cache gets them one by one
     if isinstance(kept, BaseQuantizedLayer):
         raise ValueError("the cache is quantised; a key's bias, kept beside it, must stay exact: take another cache")
     keys: torch.Tensor | None = getattr(kept, "keys", None)
-    if keys is not None and keys.ndim == 4 and keys.shape[-1] != size + groups:
+    if keys is not None and keys.ndim == 4 and keys.shape[-1] != size + channels:
         raise ValueError(
-            f"the cache has keys of {keys.shape[-1]} numbers; expected {size + groups}, for each key has its bias "
-            f"beside it: give early_initialization head_dim={size + groups}, or leave the cache empty; for prefix "
+            f"the cache has keys of {keys.shape[-1]} numbers; expected {size + channels}, for each key has its bias "
+            f"beside it: give early_initialization head_dim={size + channels}, or leave the cache empty; for prefix "
             "tuning take prompt tuning or LoRA, for an exportable module wm-export"
         )
 
 
-def unpack_bias(packed_key: torch.Tensor, size: int) -> torch.Tensor:
-    """The biases (B, Hm, L) out of packed keys (B, K, L, d + G)."""
-    return packed_key[..., size:].transpose(2, 3).flatten(1, 2)
+def unpack_bias(packed_key: torch.Tensor, size: int, digits: int) -> torch.Tensor:
+    """The biases (B, Hm, L) out of packed keys (B, K, L, d + G n), n = `digits`."""
+    return join_bias(packed_key[..., size:].unflatten(-1, (-1, digits)))[..., 0].transpose(2, 3).flatten(1, 2)
 
 
 class StepContext:
@@ -246,6 +252,10 @@ class StepContext:
         """Put `new` in the place of all that is in `cache`."""
         return cache.copy_(new)
 
+    def split(self, bias: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
+        """The bias (B, Hm, S) as a bias cache keeps it, (B, Hm, S, n); see `split_bias`."""
+        return split_bias(bias, digits, dtype)
+
     def write(self, cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Put `new` (B, heads, S, size) into `cache` (B, heads, C, size) at each slot's start."""
         rows = self.start[:, None] + torch.arange(new.shape[2], device=new.device)
@@ -260,23 +270,25 @@ class StepContext:
         bias: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        new = key, value, bias[..., None]
+        held = self.caches[layer].bias.shape[-1]
+        new = key, value, self.split(bias, held, key.dtype)
         cache = AttentionCache(*(self.write(*pair) for pair in zip(self.caches[layer], new, strict=True)))
         self.written.append(cache)
-        biases = cache.bias.transpose(2, 3)  # (B, Hm, 1, C)
+        biases = join_bias(cache.bias).transpose(2, 3)  # (B, Hm, 1, C)
         lowest = torch.finfo(biases.dtype).min
         # a capacity that is dynamic in an export may pass the window unless its bound says otherwise
         fits = statically_known_true(biases.shape[3] <= self.keep)
         kept = None if fits else keep_largest(biases, self.visible, self.keep)
         if self.ratio:
             visible = self.visible if kept is None else kept > lowest
-            mask = biases + drop_smallest(biases, visible, self.lengths, self.ratio)  # (B, Hm, S, C)
+            dropped = drop_smallest(biases, visible, self.lengths, self.ratio, query.dtype)
+            mask = narrowed(biases, query.dtype) + dropped  # (B, Hm, S, C)
         elif kept is None:
             if self.hidden is None:  # once for all layers
-                self.hidden = torch.where(self.visible, biases.new_zeros(()), lowest)
-            mask = biases + self.hidden
+                self.hidden = torch.where(self.visible, query.new_zeros(()), torch.finfo(query.dtype).min)
+            mask = narrowed(biases, query.dtype) + self.hidden
         else:
-            mask = kept
+            mask = narrowed(kept, query.dtype)
         groups = query.shape[1] // mask.shape[1]
         if groups > 1:
             mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from export.forms.options import FormOptions
 from export.forms.projection import HeadProjection, fixed, fold_scale
-from wm_models.layers.attention import AttentionCache, DMAttention, KeyBias, compose
+from wm_models.layers.attention import DMAttention, KeyBias, compose
 
 
 class AttentionProjection(HeadProjection):
@@ -36,7 +36,7 @@ class RoundedBias(KeyBias):
     """`KeyBias` in float32, rounded to the model's dtype at the end alone."""
 
     def __init__(self, dtype: torch.dtype):
-        super().__init__()
+        super().__init__(selects=False)
         self.dtype = dtype
 
     def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -44,12 +44,12 @@ class RoundedBias(KeyBias):
         return super().forward(dt, A).to(self.dtype)
 
 
-class PowerBias(RoundedBias):
-    """The same in float64, as (1 + exp(dt)) ** A: ONNX Runtime has no Softplus of that."""
+class PowerBias(KeyBias):
+    """`KeyBias` in float64, as (1 + exp(dt)) ** A: ONNX Runtime has no Softplus of that."""
 
     def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        """dt (B, S, Hm), A (Hm), both float64 -> (B, Hm, S), in the model's dtype."""
-        return torch.pow(1.0 + torch.exp(dt), A).to(self.dtype).transpose(1, 2)
+        """dt (B, S, Hm), A (Hm), both float64 -> (B, Hm, S), float32."""
+        return torch.pow(1.0 + torch.exp(dt), A).float().transpose(1, 2)
 
 
 class AttentionForm(DMAttention):
@@ -65,7 +65,8 @@ class AttentionForm(DMAttention):
         self.layer, self.head_size = attention.layer, attention.head_size
         self.key_value_heads = attention.key_value_heads
         self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
-        self.key_bias = (PowerBias if options.selects else RoundedBias)(attention.A.dtype)
+        self.selects = options.selects
+        self.key_bias = PowerBias(selects=True) if options.selects else RoundedBias(attention.A.dtype)
         self.scale = 1.0
         with torch.no_grad():
             fold_scale(attention)
@@ -74,9 +75,10 @@ class AttentionForm(DMAttention):
             self.fused = AttentionProjection(attention, repeat, options.selects)
             self.A = fixed(attention.A.repeat_interleave(repeat).to(self.fused.dt_weight.dtype))
 
-    def new_cache(self, batch: int, capacity: int) -> AttentionCache:
-        """In the model's dtype, which is not A's where the bias is computed in a wider one."""
-        return AttentionCache(*(state.to(self.fused.weight.dtype) for state in super().new_cache(batch, capacity)))
+    @property
+    def cached_like(self) -> torch.Tensor:
+        """Of the model's dtype, which is not A's where the bias is computed in a wider one."""
+        return self.fused.weight
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.fused(x)

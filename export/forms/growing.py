@@ -47,16 +47,17 @@ class GrowingAttention(nn.Module):
             self.fused = HeadProjection((attention.q_proj, attention.k_proj, attention.v_proj), attention.head_size)
             heads, narrow = self.fused.heads[:2]
             dt, repeat = attention.dt_proj, heads // attention.A.shape[0]
-            rows = dt.weight.repeat_interleave(repeat, 0)  # (H, K·d)
+            dtype = torch.float32 if options.selects else attention.A.dtype  # of biases that keys are selected by
+            rows = dt.weight.repeat_interleave(repeat, 0).to(dtype)  # (H, K·d)
             self.dt_weight = fixed(rows.T.reshape(narrow, attention.head_size, heads).contiguous())  # (K, d, H)
-            self.dt_bias = None if dt.bias is None else fixed(dt.bias.repeat_interleave(repeat))
-            self.A = fixed(attention.A.repeat_interleave(repeat))
+            self.dt_bias = None if dt.bias is None else fixed(dt.bias.repeat_interleave(repeat).to(dtype))
+            self.A = fixed(attention.A.repeat_interleave(repeat).to(dtype))
 
     def forward(self, x: torch.Tensor, context: GrowingCaches) -> torch.Tensor:
         query, key, value = self.fused(x)
         query, key = context.rotate(self.q_norm(query)), context.rotate(self.k_norm(key))
         key, value = context.extend(self.layer, key, value)
-        parts = value @ self.dt_weight  # (B, K, L, H)
+        parts = value.to(self.dt_weight.dtype) @ self.dt_weight  # (B, K, L, H)
         dt = parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
         if self.dt_bias is not None:
             dt = dt + self.dt_bias

@@ -129,7 +129,7 @@ class Graph:
         shapes = {state.input: state.shape for state in self.states if "capacity" in state.shape}
         for layer in {name.rpartition(".")[0] for name in shapes}:
             found = [shapes.get(f"{layer}.{part}", ()) for part in ("key", "value", "bias")]
-            if any(len(s) != 4 or s[:3] != ("batch", found[0][1], "capacity") for s in found) or found[2][3] != 1:
+            if any(len(s) != 4 or s[:3] != ("batch", found[0][1], "capacity") for s in found):
                 raise ValueError(f"window: the caches of {shown(layer)} are no key, value and bias of its heads")
 
     @property

@@ -18,9 +18,9 @@ def state_bytes(state: State, batch: int, rows: int) -> int:
     return prod(state.sized(batch, rows)) * np.dtype(STORAGE[state.dtype]).itemsize
 
 
-def widened(logits: np.ndarray, dtype: str) -> np.ndarray:
-    """Logits that numpy can compute with. The bits of a bfloat16 are the upper half of a float32's."""
-    return (logits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else logits
+def widened(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values that numpy can compute with. The bits of a bfloat16 are the upper half of a float32's."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else values
 
 
 def rows_index(state: State, rows: slice) -> tuple[slice, ...]:

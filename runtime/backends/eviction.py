@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from runtime.artifact.manifest import Graph, State
+from runtime.backends.arrays import widened
 
 LOG = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Eviction:
             rows = int(cache_lengths[slot] - evicted[slot])
             for key, value, bias in self.layers:
                 with edit(first + int(slot), bias) as biases:
-                    kept = largest_rows(biases[:, :rows, 0], self.window.keep)
+                    kept = largest_rows(joined(biases[:, :rows], bias.dtype), self.window.keep)
                     _keep(biases, kept)
                 for state in (key, value):
                     with edit(first + int(slot), state) as cache:
@@ -53,11 +54,13 @@ class Eviction:
         return [cache_lengths - evicted, evicted]
 
 
-def largest_rows(bias: np.ndarray, keep: int) -> np.ndarray:
-    """Of bias (K, rows), the indices (K, keep) of the largest, rising; of equal ones the later are left out first.
+def joined(digits: np.ndarray, dtype: str) -> np.ndarray:
+    """The biases (K, rows), float32, which are the sums of their digits (K, rows, n) in `dtype`."""
+    return widened(digits, dtype).astype(np.float32, copy=False).sum(-1)
 
-    The biases are positive, so those of bfloat16 may be given as their bits: they are in the same order.
-    """
+
+def largest_rows(bias: np.ndarray, keep: int) -> np.ndarray:
+    """Of bias (K, rows), the indices (K, keep) of the largest, rising; of equal ones the later are left out first."""
     last = np.partition(bias, -keep, axis=-1)[:, -keep, None]
     larger, tied = bias > last, bias == last
     later = np.cumsum(tied[:, ::-1], axis=-1)[:, ::-1]  # of a tied row: itself and the tied ones behind it

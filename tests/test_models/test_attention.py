@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_models.layers.attention import keep_largest
+from wm_models.layers.attention import join_bias, keep_largest, split_bias
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -37,3 +37,23 @@ def test_equal_biases_make_a_sliding_window(dtype):
     visible = steps <= steps[:, None]
     found = keep_largest(bias, visible[None, None], 7) > torch.finfo(dtype).min
     assert torch.equal(found[0, 1], visible & (steps > steps[:, None] - 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_three_narrow_digits_are_the_float32_bias(dtype, compiled):
+    """A compiler that takes the two casts of a digit for none would leave the first digit alone."""
+    bias = 1 + torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 2.0 ** -torch.arange(1000).div(50)
+    bias.requires_grad_()
+
+    def halves(bias):
+        digits = split_bias(bias, 3, dtype)
+        return digits, join_bias(digits)[..., 0]
+
+    digits, found = (torch.compile(halves, fullgraph=True) if compiled else halves)(bias)
+    assert digits.dtype == dtype
+    assert digits.shape == (1000, 3)
+    assert torch.equal(found, bias)
+    assert not torch.equal(digits[:, 0].float(), bias)
+    (slope,) = torch.autograd.grad(found.sum(), bias)
+    assert torch.equal(slope, torch.ones_like(bias))

@@ -180,5 +180,5 @@ def test_blocks_are_not_enough_for_a_dropped_share():
     """Query 0 sees only a dropped key, so it attends to it and to the later keys that stay, as those models do."""
     bias = torch.tensor([0.5, 3.0, 2.0, 1.0], dtype=torch.float64)[None, None, None]
     visible = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
-    mask = drop_smallest(bias, visible, torch.tensor([4]), 0.75)[0, 0]  # keys 0 and 3 go
+    mask = drop_smallest(bias, visible, torch.tensor([4]), 0.75, bias.dtype)[0, 0]  # keys 0 and 3 go
     assert mask.softmax(-1)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])

@@ -145,10 +145,30 @@ def source_text() -> torch.Tensor:
     return ids[:, 1000:2024]
 
 
+def shipped(keep: int) -> DogeForCausalLM:
+    return DogeForCausalLM.from_pretrained(shipped_checkpoint(), keep_window_size=keep, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_float16_keeps_what_float32_keeps(source_text, tmp_path):
+    """Most biases of the shipped model are near 1: rounded to float16 many are equal, and others would be kept.
+
+    With biases in float16 the mean KL is 0.7. bfloat16's inputs alone differ enough to order near biases otherwise.
+    """
+    exact, model = shipped(256)(source_text).logits[0], shipped(256).half()
+    full = model(source_text).logits[0].float()
+    assert divergence(full, exact, NARROW_KL_LIMIT).passed
+    sizes = [300, *[1] * 20, 704]
+    for found in (in_pieces(model, source_text, sizes), by_steps(model, source_text, sizes)):
+        assert divergence(found.float(), exact, NARROW_KL_LIMIT).passed
+    path = lowered(tmp_path / "artifact", shipped(256), max_batch=1, max_length=1024, spare=64, dtype="fp16").path
+    assert divergence(engine_logits(path, source_text[:, :800], 700), exact[:800], NARROW_KL_LIMIT).passed
+
+
 @torch.no_grad()
 def test_source_text(source_text, tmp_path):
     """The shipped model with a window of 64 on real text of sixteen windows: cached, stepped and exported."""
-    model = DogeForCausalLM.from_pretrained(shipped_checkpoint(), keep_window_size=64, dtype=torch.float32).eval()
+    model = shipped(64)
     full = model(source_text).logits[0]
     assert_same(in_pieces(model, source_text, [37, *pieces(987, 400)]), full)
     path = lowered(tmp_path / "artifact", model, max_batch=1, max_length=1024, spare=64).path

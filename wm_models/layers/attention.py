@@ -1,7 +1,7 @@
 """Dynamic mask attention (paper, section 3.2): each key carries a bias computed from its own value vector.
 
 B batch, S new tokens, L keys seen, C cache capacity, D hidden size, H query heads, K key/value heads, d head size,
-Hm rows of the bias (K or H), w keys kept.
+Hm rows of the bias (K or H), w keys kept, n digits of a bias.
 """
 
 import math
@@ -22,15 +22,51 @@ class AttentionCache(NamedTuple):
 
     key: torch.Tensor  # (B, K, C, d), rotated
     value: torch.Tensor  # (B, K, C, d)
-    bias: torch.Tensor  # (B, Hm, C, 1): four dimensions because TensorRT's cache update takes no other rank
+    bias: torch.Tensor  # (B, Hm, C, n): four dimensions because TensorRT's cache update takes no other rank
 
 
 class KeyBias(nn.Module):
-    """The keys' biases, exp(A · softplus(dt))."""
+    """The keys' biases, exp(A · softplus(dt)). `selects`: whether keys are left out by them."""
+
+    def __init__(self, selects: bool):
+        super().__init__()
+        self.selects = selects
 
     def forward(self, dt: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        """dt (B, S, Hm), A (Hm) -> (B, Hm, S): computed in dt's dtype, rounded to A's."""
-        return torch.exp(A.to(dt.dtype) * F.softplus(dt)).to(A.dtype).transpose(1, 2)
+        """dt (B, S, Hm), A (Hm) -> (B, Hm, S): computed in dt's dtype, rounded to A's, or to float32 to select by."""
+        dtype = torch.promote_types(A.dtype, torch.float32) if self.selects else A.dtype
+        return torch.exp(A.to(dt.dtype) * F.softplus(dt)).to(dtype).transpose(1, 2)
+
+
+def bias_digits(selects: bool, dtype: torch.dtype) -> int:
+    """n, the numbers of a cache's `dtype` that a bias is kept in.
+
+    Biases that decide which keys are kept must not be rounded to a narrow dtype: near 1, where most are, hundreds of
+    them would become equal in bfloat16, and equals are ordered by their positions. Three digits hold a float32.
+    """
+    return 3 if selects and dtype.itemsize < 4 else 1
+
+
+def split_bias(bias: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
+    """bias (…) -> (…, n), n = `digits` numbers of `dtype` whose sum it is, the largest first; one is the bias itself.
+
+    Each of several is made of the next bits of a float32, since a compiler takes two casts, down and up, for none. The
+    gradient comes by the first digit: where their sum is what is read, each has the same one.
+    """
+    if digits == 1:
+        return bias[..., None]
+    hidden = 23 + round(math.log2(torch.finfo(dtype).eps))  # bits of a float32 that `dtype` has no room for
+    found, rest = [], bias.detach()
+    for _ in range(digits - 1):
+        found.append((rest.view(torch.int32) & -(1 << hidden)).view(torch.float32))
+        rest = rest - found[-1]
+    first = bias + (found[0] - bias).detach()
+    return torch.stack([first, *found[1:], rest], dim=-1).to(dtype)
+
+
+def join_bias(digits: torch.Tensor) -> torch.Tensor:
+    """(…, n) -> (…, 1): what `split_bias` was given. The sum of several is exact in float32, in any order."""
+    return digits if digits.shape[-1] == 1 else digits.float().sum(-1, keepdim=True)
 
 
 def compose(first: nn.Linear, second: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,7 +89,7 @@ class DMAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.A = nn.Parameter(torch.zeros(config.bias_heads))
-        self.key_bias, self.selects = KeyBias(), config.selects_keys
+        self.key_bias, self.selects = KeyBias(config.selects_keys), config.selects_keys
         self.dt_proj = nn.Linear(narrow, config.bias_heads, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         self.q_norm, self.k_norm = (
@@ -67,8 +103,14 @@ class DMAttention(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> AttentionCache:
         """An empty static cache: `batch` slots of `capacity` tokens, in the weights' dtype and on their device."""
-        sizes = (self.key_value_heads, self.head_size), (self.key_value_heads, self.head_size), (self.A.shape[0], 1)
-        return AttentionCache(*(self.A.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
+        like, heads = self.cached_like, (self.key_value_heads, self.head_size)
+        sizes = heads, heads, (self.A.shape[0], bias_digits(self.selects, like.dtype))
+        return AttentionCache(*(like.new_zeros(batch, heads, capacity, size) for heads, size in sizes))
+
+    @property
+    def cached_like(self) -> torch.Tensor:
+        """A tensor of the caches' dtype, on their device."""
+        return self.A
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query (B, H, S, d), key and value (B, K, S, d), and the bias's dt (B, S, Hm), see `project_dt`."""
@@ -111,16 +153,20 @@ def cache_rows(caches: Sequence[LayerCache]) -> int | None:
     return next((cache.key.shape[2] for cache in caches if isinstance(cache, AttentionCache)), None)
 
 
-def pack_keys(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_keys(
+    key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, digits: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the bias into the key vectors: `score + bias` is then one plain dot product.
 
-    Keys become [key, bias_1 … bias_G] with G = Hm / K, one channel for each bias row of a key head, and values get G
-    zeros, since fused kernels want both of one size. key and value (B, K, L, d), bias (B, Hm, L) -> (B, K, L, d + G).
+    Keys become [key, bias_1 … bias_G] with G = Hm / K and n = `digits` channels for each bias row of a key head. Values
+    get as many zeros, since fused kernels want both of one size. key and value (B, K, L, d), bias (B, Hm, L) ->
+    (B, K, L, d + G n).
     """
     batch, heads, length, _ = key.shape
     groups = bias.shape[1] // heads
-    channels = bias.view(batch, heads, groups, length).transpose(2, 3)
-    return torch.cat([key, channels], dim=-1), F.pad(value, (0, groups))
+    rows = bias.view(batch, heads, groups, length).transpose(2, 3)
+    channels = split_bias(rows, digits, key.dtype).flatten(3)
+    return torch.cat([key, channels], dim=-1), F.pad(value, (0, channels.shape[-1]))
 
 
 def document_index(position_ids: torch.Tensor) -> torch.Tensor:
@@ -155,17 +201,18 @@ def attend_packed(
     scale: float,
     mask: torch.Tensor | None,
     documents: torch.Tensor | None = None,
+    digits: int = 1,
 ) -> torch.Tensor:
-    """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G) -> (B, H, S, d).
+    """Attention over packed keys: query (B, H, S, d), key and value (B, K, L, d + G n) -> (B, H, S, d).
 
     `scale` multiplies the products of query and key, and not the bias. `mask`, bool or additive, broadcasts to
     (B, H, S, L). Without one query i sees keys 0 … i, and of these only its own document's where `documents` (B, S)
     says which is whose. No S×L tensor is made here, and the bias's gradient flows through the keys.
     """
     heads, size = query.shape[1], query.shape[-1]
-    groups = key.shape[-1] - size
-    # head h reads bias channel h % G of its key head
-    channel = torch.eye(groups, dtype=query.dtype, device=query.device) / scale
+    groups = (key.shape[-1] - size) // digits
+    # head h reads the channels of bias h % G of its key head
+    channel = torch.eye(groups, dtype=query.dtype, device=query.device).repeat_interleave(digits, 1) / scale
     channel = channel.repeat(heads // groups, 1)[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
     query = torch.cat([query, channel], dim=-1)
     if documents is not None:
@@ -210,19 +257,26 @@ def keep_largest(bias: torch.Tensor, visible: torch.Tensor, keep: int) -> torch.
     return torch.where((ranked < last) | early, lowest, ranked)
 
 
-def drop_smallest(bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The mask of models that drop a share of all keys (2025-01): additive, (B, Hm, S, L), in the bias's dtype.
+def narrowed(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask in `dtype`, which may be narrower; its lowest number becomes the lowest of `dtype`."""
+    return mask if mask.dtype == dtype else mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+
+
+def drop_smallest(
+    bias: torch.Tensor, visible: torch.Tensor, lengths: torch.Tensor, ratio: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The mask of models that drop a share of all keys (2025-01): additive, (B, Hm, S, L), in `dtype`.
 
     bias (B, Hm, 1, L), visible (B, 1, S, L) bool, lengths (B) int64, each sequence's keys. With n = int(length · ratio)
     > 0, keys whose bias is below the n-th smallest of all the sequence's keys are dropped, the same for every query.
     A query with no visible key left attends to all that are only dropped or only hidden alike, as those models were
     trained, so there are two steps down: one for either, both for a key that is dropped and hidden.
     """
-    low = torch.finfo(bias.dtype).min / 2
+    low = torch.finfo(dtype).min / 2
     present = torch.arange(bias.shape[-1], device=bias.device) < lengths[:, None, None, None]
     count = (lengths.double() * ratio).long()[:, None, None, None].expand(-1, bias.shape[1], -1, -1)
     ranked = torch.where(present, bias, torch.inf).sort(dim=-1).values
     last = ranked.gather(-1, (count - 1).clamp(min=0))
     stays = present & ((bias >= last) | (count == 0))
-    zero = bias.new_zeros(())
+    zero = bias.new_zeros((), dtype=dtype)
     return torch.where(stays, zero, low) + torch.where(visible, zero, low)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from wm_models.layers.attention import attend_packed
+from wm_models.layers.attention import attend_packed, split_bias
 
 
 def block_size(keep: int) -> int:
@@ -34,10 +34,12 @@ def attend_blocks(
     keep: int,
     block: int,
     documents: torch.Tensor | None = None,
+    digits: int = 1,
 ) -> torch.Tensor:
     """Causal attention of each query to the `keep` visible keys of largest bias: (B, H, S, d).
 
-    query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S); `scale` multiplies the products of query and key. A
+    query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S), which may be wider than the keys' dtype and is then
+    added in as many `digits`, see `split_bias`; `scale` multiplies the products of query and key. A
     query sees the keys of its own document up to its own position. `documents` (B, S) int64 are rising numbers, None
     for one document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block`
     tokens are taken at a time.
@@ -51,16 +53,15 @@ def attend_blocks(
     if padding:
         query, key, value = (F.pad(part, (0, 0, 0, padding)) for part in (query, key, value))
         bias, documents = F.pad(bias, (0, padding)), F.pad(documents, (0, padding), value=-1)
-    found = checkpoint(
-        _attend, query, key, value, bias, scale, keep, block, documents, use_reentrant=False, preserve_rng_state=False
-    )
+    inputs = query, key, value, bias, scale, keep, block, documents, digits
+    found = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(found, torch.Tensor)
     return found[:, :, :length]
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float, keep: int,
-    block: int, documents: torch.Tensor,
+    block: int, documents: torch.Tensor, digits: int,
 ) -> torch.Tensor:  # fmt: skip
     """As `attend_blocks`, for whole blocks. The blocks are the batch of one attention."""
     batch, heads, length, size = query.shape
@@ -69,24 +70,25 @@ def _attend(
         ranked = torch.where(documents[:, None] >= 0, bias, -torch.inf)
         scores, earlier = kept_before(ranked, documents, keep, block)
         mask = kept_keys(ranked, scores, documents, block)  # (B, Hm, n, b, w + b)
-    packed = _pack_rows(key, value, bias)
+    packed = _pack_rows(key, value, bias, digits)
     own = packed.view(batch, rows, count, block, -1)
     begins = torch.arange(batch * rows, device=query.device).view(batch, rows, 1, 1) * length
-    old = F.embedding(earlier + begins, packed.flatten(0, 2))  # (B, Hm, n, w, 2d + 1)
-    taken = torch.cat([old, own], dim=3).transpose(1, 2).flatten(0, 1)  # (B n, Hm, w + b, 2d + 1)
+    old = F.embedding(earlier + begins, packed.flatten(0, 2))  # (B, Hm, n, w, 2d + digits)
+    taken = torch.cat([old, own], dim=3).transpose(1, 2).flatten(0, 1)  # (B n, Hm, w + b, 2d + digits)
     blocks = query.view(batch, heads, count, block, size).transpose(1, 2).flatten(0, 1)  # (B n, H, b, d)
     mask = mask.transpose(1, 2).flatten(0, 1)  # (B n, Hm, b, w + b)
     mask = mask[:, :, None].expand(-1, -1, heads // rows, -1, -1).flatten(1, 2)
-    y = attend_packed(blocks, taken[..., : size + 1], F.pad(taken[..., size + 1 :], (0, 1)), scale, mask)
+    wide = size + digits
+    y = attend_packed(blocks, taken[..., :wide], F.pad(taken[..., wide:], (0, digits)), scale, mask, digits=digits)
     return y.view(batch, count, heads, block, size).transpose(1, 2).flatten(2, 3)
 
 
-def _pack_rows(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Key, bias and value of each bias row side by side: (B, Hm, S, d + 1 + d). A key head serves Hm / K rows."""
+def _pack_rows(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, digits: int) -> torch.Tensor:
+    """Key, bias and value of each bias row side by side: (B, Hm, S, d + digits + d). A key head serves Hm / K rows."""
     times = bias.shape[1] // key.shape[1]
     if times > 1:
         key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
-    return torch.cat([key, bias[..., None], value], dim=-1)
+    return torch.cat([key, split_bias(bias, digits, key.dtype), value], dim=-1)
 
 
 def kept_before(
