@@ -270,9 +270,10 @@ class StepContext:
         bias: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        held = self.caches[layer].bias.shape[-1]
-        new = key, value, self.split(bias, held, key.dtype)
-        cache = AttentionCache(*(self.write(*pair) for pair in zip(self.caches[layer], new, strict=True)))
+        old = self.caches[layer]
+        assert isinstance(old, AttentionCache)
+        new = key, value, self.split(bias, old.bias.shape[-1], key.dtype)
+        cache = AttentionCache(*(self.write(*pair) for pair in zip(old, new, strict=True)))
         self.written.append(cache)
         biases = join_bias(cache.bias).transpose(2, 3)  # (B, Hm, 1, C)
         lowest = torch.finfo(biases.dtype).min
