@@ -1,23 +1,24 @@
 """Attention to the w keys of largest bias, block by block: exact, and linear in the length but for one search.
 
 The w-th largest bias never falls as keys are added, so a key that is once not among the w largest never is again. For
-the queries of a block [t, t + b) only w + b keys can matter: those kept at t, and the block's own. One search over
-(S / b, S) finds the keys kept at every block's start. A gather takes them, and one attention has the blocks as its
-batch. A query's own choice among the w + b candidates is counted, not searched: a key of its block is kept where fewer
-than w visible keys precede it in the order of selection, and the earlier keys fill what is left of w, the first ones
-first. No S×S tensor is made.
+the queries of a block [t, t + b) only w + b keys can matter: those kept at t, and the block's own. The keys are sorted
+once, into the order of selection. Counting along it finds each block's candidates, in that order. A gather takes them,
+and one attention has the blocks as its batch. A query keeps the first w of its candidates that it sees, so one number,
+where it stops, says which. No S×S tensor is made.
 
 The order of selection: the larger bias first, and of equal biases the later key.
 
-B batch, S tokens, H query heads, K key/value heads, d head size, Hm rows of the bias (K or H), G bias rows a key head,
-w keys kept, b tokens of a block, n blocks.
+B batch, S tokens, H query heads, K key/value heads, d head size, Hm rows of the bias (K or H), G query heads a bias
+row, w keys kept, b tokens of a block, n blocks.
 """
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from wm_models.layers.attention import attend_packed, split_bias
+from wm_models.layers.attention import split_bias
+
+GROUPS = 4  # of blocks: masks and gathered keys exist for one group at a time
 
 
 def block_size(keep: int) -> int:
@@ -38,100 +39,111 @@ def attend_blocks(
 ) -> torch.Tensor:
     """Causal attention of each query to the `keep` visible keys of largest bias: (B, H, S, d).
 
-    query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S), which may be wider than the keys' dtype and is then
-    added in as many `digits`, see `split_bias`; `scale` multiplies the products of query and key. A
-    query sees the keys of its own document up to its own position. `documents` (B, S) int64 are rising numbers, None
-    for one document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block`
-    tokens are taken at a time.
+    query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S), which may be wider than the keys' dtype and
+    is then added in as many `digits`, see `split_bias`; `scale` multiplies the products of query and key. A query sees
+    the keys of its own document up to its own position. `documents` (B, S) int64 are rising numbers, None for one
+    document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block` tokens are
+    taken at a time.
 
-    The backward pass computes the attention again, so masks and gathered keys are not kept.
+    The backward pass computes masks and gathered keys again, so they are not kept.
     """
-    batch, _, length, _ = query.shape
+    length = query.shape[2]
     padding = -length % block
-    if documents is None:
-        documents = torch.zeros(batch, length, dtype=torch.int64, device=query.device)
-    if padding:
+    if padding:  # keys that come after every query
         query, key, value = (F.pad(part, (0, 0, 0, padding)) for part in (query, key, value))
-        bias, documents = F.pad(bias, (0, padding)), F.pad(documents, (0, padding), value=-1)
-    inputs = query, key, value, bias, scale, keep, block, documents, digits
-    found = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(found, torch.Tensor)
-    return found[:, :, :length]
+        bias = F.pad(bias, (0, padding))
+        documents = None if documents is None else F.pad(documents, (0, padding), value=-1)
+    with torch.no_grad():
+        candidates = find_candidates(bias, keep, block, documents)
+    packed = _pack_rows(key, value, bias, digits)
+    count, parts = candidates.shape[2], []
+    for first in range(0, count, -(-count // GROUPS)):
+        blocks = slice(first, first + -(-count // GROUPS))
+        tokens = slice(blocks.start * block, blocks.stop * block)
+        chosen = candidates[:, :, blocks]
+        with torch.no_grad():
+            hidden = hidden_keys(chosen, first * block, block, documents)
+            ends = ((~hidden).cumsum(-1, dtype=torch.int32) <= keep).sum(-1, dtype=torch.int32)
+        part = checkpoint(
+            _attend, query[:, :, tokens], packed, scale, first * block, block, chosen, ends, documents, digits,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+        assert isinstance(part, torch.Tensor)
+        parts.append(part)
+    return torch.cat(parts, dim=2)[:, :, :length]
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float, keep: int,
-    block: int, documents: torch.Tensor, digits: int,
+    query: torch.Tensor, packed: torch.Tensor, scale: float, start: int, block: int, candidates: torch.Tensor,
+    ends: torch.Tensor, documents: torch.Tensor | None, digits: int,
 ) -> torch.Tensor:  # fmt: skip
-    """As `attend_blocks`, for whole blocks. The blocks are the batch of one attention."""
-    batch, heads, length, size = query.shape
-    rows, count = bias.shape[1], length // block
-    with torch.no_grad():
-        ranked = torch.where(documents[:, None] >= 0, bias, -torch.inf)
-        scores, earlier = kept_before(ranked, documents, keep, block)
-        mask = kept_keys(ranked, scores, documents, block)  # (B, Hm, n, b, w + b)
-    packed = _pack_rows(key, value, bias, digits)
-    own = packed.view(batch, rows, count, block, -1)
+    """As `attend_blocks`, for whole blocks from token `start` on: queries attend to `candidates` before `ends`."""
+    heads, size = query.shape[1::2]
+    batch, rows, count, few = candidates.shape
+    groups, length = heads // rows, packed.shape[2]
     begins = torch.arange(batch * rows, device=query.device).view(batch, rows, 1, 1) * length
-    old = F.embedding(earlier + begins, packed.flatten(0, 2))  # (B, Hm, n, w, 2d + digits)
-    taken = torch.cat([old, own], dim=3).transpose(1, 2).flatten(0, 1)  # (B n, Hm, w + b, 2d + digits)
-    blocks = query.view(batch, heads, count, block, size).transpose(1, 2).flatten(0, 1)  # (B n, H, b, d)
-    mask = mask.transpose(1, 2).flatten(0, 1)  # (B n, Hm, b, w + b)
-    mask = mask[:, :, None].expand(-1, -1, heads // rows, -1, -1).flatten(1, 2)
-    wide = size + digits
-    y = attend_packed(blocks, taken[..., :wide], F.pad(taken[..., wide:], (0, digits)), scale, mask, digits=digits)
-    return y.view(batch, count, heads, block, size).transpose(1, 2).flatten(2, 3)
+    places = candidates.clamp(max=length - 1) + begins
+    taken = F.embedding(places, packed.flatten(0, 2)).flatten(0, 2).to(query.dtype)[:, None]
+    taken = taken.expand(-1, groups, -1, -1)  # (B Hm n, G, w + b, 2 (d + digits))
+    blocks = query.reshape(batch, rows, groups, count, block, size).transpose(2, 3).flatten(0, 2)
+    blocks = F.pad(blocks, (0, digits), value=1 / scale)  # (B Hm n, G, b, d + digits)
+    hidden = hidden_keys(candidates, start, block, documents)
+    hidden |= torch.arange(few, device=query.device, dtype=torch.int32) >= ends[..., None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    packed_key, packed_value = taken.chunk(2, dim=-1)
+    mask = mask.flatten(0, 2)[:, None]
+    y = F.scaled_dot_product_attention(blocks, packed_key, packed_value, attn_mask=mask, scale=scale)
+    return y[..., :size].view(batch, rows, count, groups, block, size).transpose(2, 3).reshape(query.shape)
 
 
 def _pack_rows(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, digits: int) -> torch.Tensor:
-    """Key, bias and value of each bias row side by side: (B, Hm, S, d + digits + d). A key head serves Hm / K rows."""
+    """Key, bias, value and zeros of each bias row side by side: (B, Hm, S, d + digits + d + digits).
+
+    A key head serves Hm / K rows. The zeros make values as wide as keys, which fused kernels want. A key's gradient is
+    a sum over blocks, so the rows are at least float32.
+    """
     times = bias.shape[1] // key.shape[1]
     if times > 1:
         key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
-    return torch.cat([key, split_bias(bias, digits, key.dtype), value], dim=-1)
+    channels = split_bias(bias, digits, key.dtype)
+    packed = torch.cat([key, channels, value, torch.zeros_like(channels)], dim=-1)
+    return packed.to(torch.promote_types(packed.dtype, torch.float32))
 
 
-def kept_before(
-    ranked: torch.Tensor, documents: torch.Tensor, keep: int, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys kept at each block's start, in the order of selection: their biases, and where they are, int64.
+def find_candidates(bias: torch.Tensor, keep: int, block: int, documents: torch.Tensor | None) -> torch.Tensor:
+    """The keys that each block's queries choose from, in the order of selection: int64 (B, Hm, n, w + b).
 
-    Both are (B, Hm, n, w). ranked (B, Hm, S), -inf where a key is padding; documents (B, S). Only keys of the document
-    of a block's first token count. Where there are fewer than w, the bias of the rest is -inf.
+    They are the block's own, and of the keys before it the first w of its first token's document. Where there are
+    fewer the rest is S, which is no key. bias (B, Hm, S); documents (B, S) or None.
     """
-    places = torch.arange(ranked.shape[-1], device=ranked.device)
-    starts = places[::block]
-    before = (documents[:, None] == documents[:, starts, None]) & (places < starts[:, None])  # (B, n, S)
-    scores = torch.where(before[:, None], ranked[:, :, None], -torch.inf)  # (B, Hm, n, S)
-    # a stable sort of the reversed keys has the later of equals first; a top-k breaks ties as it likes
-    found, order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
-    return found[..., :keep], places[-1] - order[..., :keep]
+    rows, length = bias.shape[1:]
+    starts = torch.arange(0, length, block, device=bias.device)[:, None]
+    # a stable sort of the reversed keys has the later of equals first
+    order = length - 1 - bias.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    ordered = order[:, :, None]
+    before = ordered < starts  # (B, Hm, n, S)
+    own = ~before & (ordered < starts + block)
+    if documents is not None:
+        document = documents[:, None].expand(-1, rows, -1).gather(-1, order)
+        before &= document[:, :, None] == documents[:, None, ::block, None]
+    taken = own | (before & (before.cumsum(-1, dtype=torch.int32) <= keep))
+    wanted = torch.arange(1, keep + block + 1, device=bias.device, dtype=torch.int32)
+    places = torch.searchsorted(taken.cumsum(-1, dtype=torch.int32), wanted.expand(*taken.shape[:3], -1).contiguous())
+    return F.pad(order, (0, 1), value=length).gather(-1, places.flatten(2)).view(places.shape)
 
 
-def kept_keys(ranked: torch.Tensor, scores: torch.Tensor, documents: torch.Tensor, block: int) -> torch.Tensor:
-    """Which of its candidates each query keeps: bool (B, Hm, n, b, w + b), the earlier keys first, then the block's.
+def hidden_keys(candidates: torch.Tensor, start: int, block: int, documents: torch.Tensor | None) -> torch.Tensor:
+    """Which of its candidates a query does not see: bool (B, Hm, n, b, w + b), as it keeps none of them yet.
 
-    ranked (B, Hm, S), -inf where a key is padding; scores (B, Hm, n, w), the earlier keys' biases as `kept_before`
-    gives them; documents (B, S).
+    candidates (B, Hm, n, w + b), as `find_candidates` gives them, of the blocks from token `start` on; documents (B, S)
+    or None. A padded query sees padding
+    of its block, or its softmax would have no value.
     """
-    batch, rows, length = ranked.shape
-    keep, count = scores.shape[-1], length // block
-    own, document = ranked.view(batch, rows, count, block), documents.view(batch, 1, count, block)
-    real = torch.isfinite(own)
-    same = document[..., :, None] == document[..., None, :]  # (B, 1, n, b, b)
-    square = torch.ones(block, block, dtype=torch.bool, device=ranked.device)
-    # Key j (row) precedes key m (column) where its bias is larger, or equal and j is later.
-    precedes = own[..., :, None] > own[..., None, :]
-    precedes |= (own[..., :, None] == own[..., None, :]) & square.tril(-1)
-    precedes &= same & real[..., :, None]
-    rank = precedes.cumsum(-2, dtype=torch.int32)  # at query i (row): the block's keys up to i that precede m
-    # Earlier keys are in view of the first token's document alone. They precede where their bias is larger.
-    first = document == document[..., :1]  # (B, 1, n, b)
-    larger = keep - torch.searchsorted(scores.flip(-1).contiguous(), own.contiguous(), right=True)
-    rank += torch.where(first, larger, 0).int()[..., None, :]
-    kept = (rank < keep) & same & square.tril() & real[..., None, :]
-    kept |= square.tril() & square.triu() & ~real[..., :, None]  # a padded query sees itself, or its softmax is NaN
-    free = keep - kept.sum(-1, dtype=torch.int32)  # what is left for the earlier keys
-    places = torch.arange(keep, device=ranked.device, dtype=torch.int32)
-    old = (places < torch.where(first, free, 0)[..., None]) & torch.isfinite(scores)[..., None, :]
-    return torch.cat([old, kept], dim=-1)
+    batch, rows, count, _ = candidates.shape
+    positions = torch.arange(count * block, device=candidates.device, dtype=torch.int32).view(count, block, 1) + start
+    hidden = candidates.int()[..., None, :] > positions
+    if documents is not None:
+        document = F.pad(documents, (0, 1), value=-1)[:, None].expand(-1, rows, -1)
+        theirs = document.gather(-1, candidates.flatten(2)).view(batch, rows, count, 1, -1)
+        hidden |= theirs != documents[:, start : start + count * block].view(batch, 1, count, block, 1)
+    return hidden
