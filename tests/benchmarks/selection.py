@@ -4,7 +4,8 @@ python tests/benchmarks/selection.py [--lengths 1024 2048 4096 8192 16384] [--co
 
 Hidden size 256, 4 layers, 4/2 heads, keep window w = 512, float32, one sequence, one thread. `selection` is Doge,
 `every key` the same model with w = S, `transformers` its own Doge with w = 512 up to the length given, which makes the
-mask of every head and layer. Each measurement is a process of its own: the fastest of three passes, and the peak
+mask of every head and layer. `no attention` is the rest of the model: its projections' results are added and not
+attended with. Each measurement is a process of its own: the fastest of three passes, and the peak
 of resident memory over that before the passes.
 """
 
@@ -21,7 +22,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from wm_models import DogeConfig, DogeForCausalLM
+from wm_models import DogeConfig, DogeForCausalLM, decoder
+from wm_models.context import CacheContext
 
 KEEP, PASSES = 512, 3
 SIZES = {
@@ -37,6 +39,16 @@ def resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
+class AddingContext(CacheContext):
+    """Sums in the place of attention, so that every projection has a gradient."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        total = key + value * bias.unflatten(1, (key.shape[1], -1)).sum(2)[..., None]
+        return query + total.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
 def run(kind: str, length: int, compiled: bool) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -47,6 +59,8 @@ def run(kind: str, length: int, compiled: bool) -> dict[str, float]:
         model = DogeForCausalLM(DogeConfig(**sizes))
         for layer in model.model.layers:
             torch.nn.init.normal_(layer.self_attn.A)  # with A = 0 all biases are equal
+    if kind == "no attention":
+        decoder.CacheContext = AddingContext
     model.train()
     model.config.use_cache = False
     forward = torch.compile(model, fullgraph=True) if compiled else model
@@ -75,7 +89,7 @@ def main() -> None:
     if given.run:
         print(json.dumps(run(given.run[0], int(given.run[1]), given.compile)))
         return
-    kinds = ("selection", "every key", "transformers")
+    kinds = ("selection", "every key", "no attention", "transformers")
     table = Table("S", *(f"{kind}, {unit}" for kind in kinds for unit in ("s", "µs a token", "MB")))
     for length in given.lengths:
         cells = []
