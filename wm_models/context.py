@@ -158,7 +158,7 @@ class CacheContext:
             if self.cache is not None:
                 self.cache.update(*pack_keys(key, value, bias, digits), layer)
             block = block_size(self.keep)
-            return attend_blocks(query, key, value, bias, scale, self.keep, block, self.documents, digits)
+            return attend_blocks(query, key, value, bias, scale, self.keep, block, self.documents)
         packed_key, packed_value = pack_keys(key, value, bias, digits)
         if self.cache is not None:
             remembered = self.cache.update(packed_key, packed_value, layer)

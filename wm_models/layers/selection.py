@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from wm_models.layers.attention import split_bias
+from wm_models.layers.attention import bias_digits, split_bias
 
 GROUPS = 4  # of blocks: masks and gathered keys exist for one group at a time
 
@@ -35,12 +35,11 @@ def attend_blocks(
     keep: int,
     block: int,
     documents: torch.Tensor | None = None,
-    digits: int = 1,
 ) -> torch.Tensor:
     """Causal attention of each query to the `keep` visible keys of largest bias: (B, H, S, d).
 
     query (B, H, S, d); key and value (B, K, S, d); bias (B, Hm, S), which may be wider than the keys' dtype and
-    is then added in as many `digits`, see `split_bias`; `scale` multiplies the products of query and key. A query sees
+    is then added in several digits, see `split_bias`; `scale` multiplies the products of query and key. A query sees
     the keys of its own document up to its own position. `documents` (B, S) int64 are rising numbers, None for one
     document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block` tokens are
     taken at a time.
@@ -55,7 +54,7 @@ def attend_blocks(
         documents = None if documents is None else F.pad(documents, (0, padding), value=-1)
     with torch.no_grad():
         candidates = find_candidates(bias, keep, block, documents)
-    packed = _pack_rows(key, value, bias, digits)
+    packed = _pack_rows(key, value, bias, bias_digits(bias.dtype != key.dtype, key.dtype))
     count, parts = candidates.shape[2], []
     for first in range(0, count, -(-count // GROUPS)):
         blocks = slice(first, first + -(-count // GROUPS))
@@ -65,7 +64,7 @@ def attend_blocks(
             hidden = hidden_keys(chosen, first * block, block, documents)
             ends = ((~hidden).cumsum(-1, dtype=torch.int32) <= keep).sum(-1, dtype=torch.int32)
         part = checkpoint(
-            _attend, query[:, :, tokens], packed, scale, first * block, block, chosen, ends, documents, digits,
+            _attend, query[:, :, tokens], packed, scale, first * block, block, chosen, ends, documents,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         assert isinstance(part, torch.Tensor)
@@ -75,7 +74,7 @@ def attend_blocks(
 
 def _attend(
     query: torch.Tensor, packed: torch.Tensor, scale: float, start: int, block: int, candidates: torch.Tensor,
-    ends: torch.Tensor, documents: torch.Tensor | None, digits: int,
+    ends: torch.Tensor, documents: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """As `attend_blocks`, for whole blocks from token `start` on: queries attend to `candidates` before `ends`."""
     heads, size = query.shape[1::2]
@@ -86,6 +85,7 @@ def _attend(
     taken = F.embedding(places, packed.flatten(0, 2)).flatten(0, 2).to(query.dtype)[:, None]
     taken = taken.expand(-1, groups, -1, -1)  # (B Hm n, G, w + b, 2 (d + digits))
     blocks = query.reshape(batch, rows, groups, count, block, size).transpose(2, 3).flatten(0, 2)
+    digits = packed.shape[-1] // 2 - size
     blocks = F.pad(blocks, (0, digits), value=1 / scale)  # (B Hm n, G, b, d + digits)
     hidden = hidden_keys(candidates, start, block, documents)
     hidden |= torch.arange(few, device=query.device, dtype=torch.int32) >= ends[..., None]
