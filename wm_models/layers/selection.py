@@ -136,8 +136,7 @@ def hidden_keys(candidates: torch.Tensor, start: int, block: int, documents: tor
     """Which of its candidates a query does not see: bool (B, Hm, n, b, w + b), as it keeps none of them yet.
 
     candidates (B, Hm, n, w + b), as `find_candidates` gives them, of the blocks from token `start` on; documents (B, S)
-    or None. A padded query sees padding
-    of its block, or its softmax would have no value.
+    or None. A padded query sees padding of its block, or its softmax would have no value.
     """
     batch, rows, count, _ = candidates.shape
     positions = torch.arange(count * block, device=candidates.device, dtype=torch.int32).view(count, block, 1) + start
