@@ -10,18 +10,14 @@ B batch, S new tokens, R rows of logits, C cache capacity, D hidden size, H quer
 V vocabulary.
 """
 
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript.onnx_opset import opset24 as op
-from torch import nn
 
-from export.forms import FormOptions, replace_layers
-from export.rewrites.names import name_by_module
+from export.forms import FormOptions
+from export.tracing import TracedModel, trace
 from runtime.artifact.manifest import Window, input_names
 from wm_models import DogeConfig, LayerCache
 from wm_models.context import StepContext
@@ -63,23 +59,13 @@ def _operator(name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str,
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET)
 
 
-def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    """One node: ONNX's Softplus needs no threshold to stay finite, so torch's Greater and Where go."""
-    assert beta == 1.0
-    return op.Softplus(x)
-
-
-class StepGraph(nn.Module):
-    """`DecoderWithHead.step` with its states flattened.
-
-    The model's layers are replaced by their forms: it is used up.
-    """
+class StepGraph(TracedModel):
+    """`DecoderWithHead.step` with its states flattened."""
 
     def __init__(self, model: DecoderWithHead, all_logits: bool, options: FormOptions):
-        super().__init__()
-        self.model, self.indexed, self.evicts = model, not all_logits, options.evicts
+        super().__init__(model, options)
+        self.indexed, self.evicts = not all_logits, options.evicts
         self.kinds: list[Any] = [type(cache) for cache in model.new_caches(1, 1)]  # NamedTuples
-        replace_layers(model, options)
 
     def forward(
         self,
@@ -152,33 +138,3 @@ def lower(
     inputs = [*input_names(window is not None, not all_logits), *names]
     outputs = ["logits", *(f"{name}.out" for name in names)]
     return trace(graph, (*sample, *dropped, *index, *states), shapes, inputs, outputs, OPSET)
-
-
-def trace(
-    graph: nn.Module,
-    sample: tuple[torch.Tensor, ...],
-    dynamic_shapes: tuple[Any, ...],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    opset: int,
-) -> ir.Model:
-    """The ONNX graph that `graph` becomes for inputs like `sample`, named by its modules; as `torch.onnx.export`."""
-    # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            graph,
-            sample,
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=dynamic_shapes,
-            input_names=input_names,
-            output_names=output_names,
-            custom_translation_table={torch.ops.aten.softplus.default: _softplus},
-            optimize=True,
-            verbose=False,
-        )
-    assert program is not None
-    name_by_module(program.model)
-    return program.model

@@ -14,11 +14,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
 
-from export.forms import FORMS, FormOptions, replace_layers
+from export.forms import FORMS, FormOptions
 from export.forms.growing import GrowingAttention
-from export.lower import trace
+from export.tracing import TracedModel, trace
 from wm_models.decoder import DecoderWithHead
 from wm_models.layers.attention import DMAttention, keep_largest, narrowed
 
@@ -87,13 +86,12 @@ def _operator(
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
 
 
-class GrowingGraph(nn.Module):
-    """A language model with its caches as inputs and outputs. Its layers are replaced by their forms: it is used up."""
+class GrowingGraph(TracedModel):
+    """A language model with its caches as inputs and outputs."""
 
     def __init__(self, model: DecoderWithHead, selects: bool):
-        super().__init__()
-        self.model, self.selects = model, selects
-        replace_layers(model, FormOptions(selects=selects), {**FORMS, DMAttention: GrowingAttention})
+        super().__init__(model, FormOptions(selects=selects), {**FORMS, DMAttention: GrowingAttention})
+        self.selects = selects
 
     def forward(
         self,
@@ -114,7 +112,7 @@ def lower_growing(model: DecoderWithHead, max_length: int) -> ir.Model:
     """
     config = model.config
     graph = GrowingGraph(model, selects=config.keep_window_size < max_length).eval()
-    names = [f"{layer}.{half}" for layer in range(config.num_hidden_layers) for half in ("key", "value")]
+    names = [f"{layer}.{half}" for layer in range(len(graph.model.model.layers)) for half in ("key", "value")]
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
     batch, new, before = 2, 3, 5
     past = [model.head.weight.new_zeros(batch, config.key_value_heads, before, config.head_size) for _ in names]

@@ -58,7 +58,8 @@ class _Names:
                     name = node.name if len(node.outputs) == 1 else f"{node.name}.{index}"
                     value.name = _free(self.values, name)
             for name, branch in _branches(node):
-                self.name_graph(branch, f"{node.name}.{name}")
+                branch.name = f"{node.name}.{name}"
+                self.name_graph(branch, branch.name)
         for value in list(graph.initializers.values()):
             value.metadata_props.clear()
             name = _free(self.values, self._constant_name(value))
