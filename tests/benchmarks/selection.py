@@ -10,6 +10,8 @@ of resident memory over that before the passes.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import re
 import subprocess
@@ -68,6 +70,8 @@ def run(kind: str, length: int, compiled: bool) -> dict[str, float]:
     if compiled:
         forward(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the base has what the passes before it freed
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     seconds = []
