@@ -12,13 +12,22 @@ B batch, S tokens, H query heads, K key/value heads, d head size, Hm rows of the
 row, w keys kept, b tokens of a block, n blocks.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from wm_models.layers.attention import bias_digits, split_bias
 
 GROUPS = 4  # of blocks: masks and gathered keys exist for one group at a time
+
+# The kernels of attention, whose results are kept for the backward pass: they are small and cost the most.
+KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 def block_size(keep: int) -> int:
@@ -44,7 +53,7 @@ def attend_blocks(
     document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block` tokens are
     taken at a time.
 
-    The backward pass computes masks and gathered keys again, so they are not kept.
+    The backward pass computes masks and gathered keys again, so they are not kept; attention itself it does not.
     """
     length = query.shape[2]
     padding = -length % block
@@ -55,17 +64,19 @@ def attend_blocks(
     with torch.no_grad():
         candidates = find_candidates(bias, keep, block, documents)
     packed = _pack_rows(key, value, bias, bias_digits(bias.dtype != key.dtype, key.dtype))
+    contexts = partial(create_selective_checkpoint_contexts, KEPT)
     count, parts = candidates.shape[2], []
     for first in range(0, count, -(-count // GROUPS)):
         blocks = slice(first, first + -(-count // GROUPS))
         tokens = slice(blocks.start * block, blocks.stop * block)
         chosen = candidates[:, :, blocks]
         with torch.no_grad():
-            hidden = hidden_keys(chosen, first * block, block, documents)
-            ends = ((~hidden).cumsum(-1, dtype=torch.int32) <= keep).sum(-1, dtype=torch.int32)
+            seen = (~hidden_keys(chosen, first * block, block, documents)).cumsum(-1, dtype=torch.int32)
+            ends = torch.searchsorted(seen, torch.full_like(seen[..., :1], keep + 1), out_int32=True)
         part = checkpoint(
             _attend, query[:, :, tokens], packed, scale, first * block, block, chosen, ends, documents,
             use_reentrant=False, preserve_rng_state=False,
+            context_fn=contexts,
         )  # fmt: skip
         assert isinstance(part, torch.Tensor)
         parts.append(part)
@@ -88,10 +99,10 @@ def _attend(
     digits = packed.shape[-1] // 2 - size
     blocks = F.pad(blocks, (0, digits), value=1 / scale)  # (B Hm n, G, b, d + digits)
     hidden = hidden_keys(candidates, start, block, documents)
-    hidden |= torch.arange(few, device=query.device, dtype=torch.int32) >= ends[..., None]
-    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    hidden = hidden | (torch.arange(few, device=query.device, dtype=torch.int32) >= ends)
+    kept = query.new_zeros(())
+    mask = torch.where(hidden, kept - torch.inf, kept).flatten(0, 2)[:, None]
     packed_key, packed_value = taken.chunk(2, dim=-1)
-    mask = mask.flatten(0, 2)[:, None]
     y = F.scaled_dot_product_attention(blocks, packed_key, packed_value, attn_mask=mask, scale=scale)
     return y[..., :size].view(batch, rows, count, groups, block, size).transpose(2, 3).reshape(query.shape)
 
@@ -139,10 +150,11 @@ def hidden_keys(candidates: torch.Tensor, start: int, block: int, documents: tor
     or None. A padded query sees padding of its block, or its softmax would have no value.
     """
     batch, rows, count, _ = candidates.shape
-    positions = torch.arange(count * block, device=candidates.device, dtype=torch.int32).view(count, block, 1) + start
-    hidden = candidates.int()[..., None, :] > positions
+    starts = start + block * torch.arange(count, device=candidates.device)[:, None]
+    places = (candidates - starts).clamp(-1, block).to(torch.int16)  # in the block, -1 before it; narrow is fast
+    hidden = places[..., None, :] > torch.arange(block, device=candidates.device, dtype=torch.int16)[:, None]
     if documents is not None:
         document = F.pad(documents, (0, 1), value=-1)[:, None].expand(-1, rows, -1)
         theirs = document.gather(-1, candidates.flatten(2)).view(batch, rows, count, 1, -1)
-        hidden |= theirs != documents[:, start : start + count * block].view(batch, 1, count, block, 1)
+        hidden = hidden | (theirs != documents[:, start : start + count * block].view(batch, 1, count, block, 1))
     return hidden
