@@ -23,9 +23,10 @@ PLAIN = bool, int, float, str, list, tuple, torch.dtype, torch.Size, type(None)
 
 
 class TracedModel(nn.Module):
-    """A model with the forms of its layers, and for `trace` with no more of them than are to be traced.
+    """A model whose layers are replaced by their forms, and which has only the layers that the exporter traces.
 
-    The model is used up. `originals`: for each of its layers the number of the one that it is lowered as.
+    `tensors` puts the other layers back. The model is used up. `originals`: for each of its layers the number of the
+    one that it is lowered as.
     """
 
     def __init__(self, model: DecoderWithHead, options: FormOptions, forms: Forms = FORMS):

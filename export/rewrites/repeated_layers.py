@@ -51,8 +51,8 @@ def _copy(
 ) -> ir.Value:
     """Put a copy of layer `old`'s nodes behind the latest layer, as layer `new`; returns its output.
 
-    `inputs`: by what layer `old` reads what layer `new` reads in its place: its input, and from here on its states and
-    parameters.
+    `inputs` maps what layer `old` reads to what layer `new` reads. The caller gives the layer's input; states and
+    parameters are added here.
     """
 
     def renamed(name: str | None) -> str:

@@ -22,8 +22,8 @@ from wm_models.layers.attention import bias_digits, split_bias
 
 GROUPS = 4  # of blocks: masks and gathered keys exist for one group at a time
 
-# The kernels of attention, whose results are kept for the backward pass: they are small and cost the most.
-KEPT = [
+# The kernels of attention. Their results are saved for the backward pass: they are small, and cost the most to compute.
+SAVED = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -53,7 +53,7 @@ def attend_blocks(
     document; below zero a token is padding, which nothing sees and whose own result has no meaning. `block` tokens are
     taken at a time.
 
-    The backward pass computes masks and gathered keys again, so they are not kept; attention itself it does not.
+    The backward pass computes masks and gathered keys again, so they are not kept. Attention's results are saved.
     """
     length = query.shape[2]
     padding = -length % block
@@ -64,7 +64,7 @@ def attend_blocks(
     with torch.no_grad():
         candidates = find_candidates(bias, keep, block, documents)
     packed = _pack_rows(key, value, bias, bias_digits(bias.dtype != key.dtype, key.dtype))
-    contexts = partial(create_selective_checkpoint_contexts, KEPT)
+    contexts = partial(create_selective_checkpoint_contexts, SAVED)
     count, parts = candidates.shape[2], []
     for first in range(0, count, -(-count // GROUPS)):
         blocks = slice(first, first + -(-count // GROUPS))
@@ -75,8 +75,7 @@ def attend_blocks(
             ends = torch.searchsorted(seen, torch.full_like(seen[..., :1], keep + 1), out_int32=True)
         part = checkpoint(
             _attend, query[:, :, tokens], packed, scale, first * block, block, chosen, ends, documents,
-            use_reentrant=False, preserve_rng_state=False,
-            context_fn=contexts,
+            use_reentrant=False, preserve_rng_state=False, context_fn=contexts,
         )  # fmt: skip
         assert isinstance(part, torch.Tensor)
         parts.append(part)
@@ -100,8 +99,8 @@ def _attend(
     blocks = F.pad(blocks, (0, digits), value=1 / scale)  # (B Hm n, G, b, d + digits)
     hidden = hidden_keys(candidates, start, block, documents)
     hidden = hidden | (torch.arange(few, device=query.device, dtype=torch.int32) >= ends)
-    kept = query.new_zeros(())
-    mask = torch.where(hidden, kept - torch.inf, kept).flatten(0, 2)[:, None]
+    zero = query.new_zeros(())
+    mask = torch.where(hidden, zero - torch.inf, zero).flatten(0, 2)[:, None]
     packed_key, packed_value = taken.chunk(2, dim=-1)
     y = F.scaled_dot_product_attention(blocks, packed_key, packed_value, attn_mask=mask, scale=scale)
     return y[..., :size].view(batch, rows, count, groups, block, size).transpose(2, 3).reshape(query.shape)
