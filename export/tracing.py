@@ -89,7 +89,9 @@ def trace(
     """
     # The exporter speaks of names of dimensions that it unifies, and of a torchvision that nobody here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    # Keys of the cache of fake tensors have every symbolic size in them: they cost more than what they save.
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with warnings.catch_warnings(), torch.no_grad(), uncached:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,

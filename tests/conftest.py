@@ -1,9 +1,12 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
+import copy
+import gc
 import json
 import logging
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,15 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import wm_models
 from wm_models import DogeForCausalLM, DogeForSequenceClassification
+
+# Exports make millions of objects, most of which live as long as the trace; collections look at them, and at all of
+# what is imported, for a tenth of the time.
+gc.freeze()
+gc.set_threshold(20_000, 20, 50)
 
 SMALL = {
     "vocab_size": 211,
@@ -68,6 +77,21 @@ def process_as_found() -> Iterator[None]:
     assert not disabled, f"loggers are disabled: {disabled}"
     dynamo: Any = sys.modules.get("torch._dynamo.config")
     assert dynamo is None or not dynamo.error_on_recompile, "torch._dynamo.config.error_on_recompile is set"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translations_read_once() -> Iterator[None]:
+    """torch.onnx reads the sources of all its translations again at each export: a second, for what never changes."""
+    read = cache(ONNXRegistry.from_torchlib)
+
+    def known(opset_version: int) -> ONNXRegistry:
+        registry = copy.copy(read(opset_version))
+        registry.functions = {name: list(functions) for name, functions in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(known))
+        yield
 
 
 @pytest.fixture(scope="session")

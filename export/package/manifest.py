@@ -5,6 +5,7 @@ B batch (slots), C cache capacity, V vocabulary.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import MappingProxyType
@@ -36,14 +37,20 @@ def describe(graph: ir.Model, config: dict[str, Any], parameters: int, contract:
         for value in graph.graph.inputs
         if value.name not in contract.inputs
     )
-    packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", *packages_distributions()["onnxruntime"])
     return Manifest(
         model=Model(config["model_type"], parameters, config),
         graph=replace(contract, states=states, opset=graph.opset_imports[""]),
         files={},
         verified=False,
-        producer={name: version(name) for name in packages},
+        producer=dict(_producer()),
     )
+
+
+@cache
+def _producer() -> Mapping[str, str]:
+    """The packages that make a graph or run it, and their versions."""
+    packages = ("wm-models", "torch", "transformers", "onnx", "onnxscript", *packages_distributions()["onnxruntime"])
+    return MappingProxyType({name: version(name) for name in packages})
 
 
 def capacities(max_length: int) -> list[int]:
