@@ -1,11 +1,13 @@
 """Models that many tests share: small, and with nothing left at its initial value."""
 
 import copy
+import fcntl
 import gc
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +94,30 @@ def translations_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(known))
         yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: the directory of that name, which `make` fills where no worker of this run has done so yet.
+
+    What is in it is read only: other workers read it too.
+    """
+    workers = tmp_path_factory.getbasetemp()
+    root = (workers.parent if "PYTEST_XDIST_WORKER" in os.environ else workers) / "once"
+    root.mkdir(exist_ok=True)
+
+    def directory(name: str, make: Callable[[Path], object]) -> Path:
+        path = root / name
+        with (root / f"{name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                path.mkdir(exist_ok=True)
+                make(path)
+                lock.write("made")
+        return path
+
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
 """Checkpoints and artifacts that many tests share: each export is made once."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from runtime.artifact.manifest import Artifact, Graph
 from wm_models import CheemsConfig, CheemsForCausalLM, shipped_tokenizer
 
 HYBRID = {"attn_layer_period": 3, "attn_layer_offset": 1, "ssd_chunk_size": 16}
+PAIR = {**HYBRID, "attn_layer_period": 2, "num_hidden_layers": 2}  # one layer of each kind
 VARIANTS = {
     "dense": ({}, {}),
     "biased, untied": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
@@ -38,13 +42,13 @@ VARIANTS = {
     "int4 experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5, "logit_scale": 0.25},
                      {"quantize": "int4", "max_length": 256}),
     "int8 cache": ({"keep_window_size": 24, "logit_scale": 0.5}, {"spare": 16, "kv_cache_dtype": "int8"}),
-    "int8 cache, hybrid": ({**HYBRID, "logit_scale": 0.5},
+    "int8 cache, hybrid": ({**PAIR, "logit_scale": 0.5},
                            {"kv_cache_dtype": "int8", "dtype": "fp16", "max_length": 80}),
     "int8 cache, int4 experts": ({"is_moe": True, "num_experts": 64, "num_experts_per_tok": 5, "logit_scale": 0.25},
                                  {"quantize": "int4", "max_length": 80, "kv_cache_dtype": "int8"}),
     "all logits": ({}, {"logits": "all", "max_batch": 2}),
     "hybrid": (HYBRID, {}),
-    "hybrid experts": ({**HYBRID, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
+    "hybrid experts": ({**PAIR, "is_moe": True, "num_experts": 64, "num_experts_per_tok": 5}, {}),
     "hybrid bf16": (HYBRID, {"dtype": "bf16"}),
     "classifier": ({"num_labels": 3, "pad_token_id": 2}, {}),
     "classifier, one label": ({"num_labels": 1}, {"dtype": "fp16", "max_length": 80}),
@@ -103,20 +107,35 @@ def lowered(
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory):
+def exported(once):
     """`exported(name)`: the checkpoint, the artifact and the verdicts of a variant."""
-    made = {}
 
+    def make(name, root):
+        changes, options = VARIANTS[name]
+        checkpoint = save_checkpoint(root / "checkpoint", **changes)
+        verdicts = export_onnx(checkpoint, root / "artifact", OnnxOptions(**options))
+        (root / "verdicts").write_bytes(pickle.dumps(verdicts))
+
+    @cache
     def export(name):
-        if name not in made:
-            changes, options = VARIANTS[name]
-            root = tmp_path_factory.mktemp("variant")
-            checkpoint = save_checkpoint(root / "checkpoint", **changes)
-            verdicts = export_onnx(checkpoint, root / "artifact", OnnxOptions(**options))
-            made[name] = checkpoint, root / "artifact", verdicts
-        return made[name]
+        root = once(name, partial(make, name))
+        return root / "checkpoint", root / "artifact", pickle.loads((root / "verdicts").read_bytes())
 
     return export
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd):
+    """`typed(module, *arguments)`: what its command line prints in this process, and the exit code."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"{module}.cli").main()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capfd.readouterr())
+
+    return run
 
 
 def interrupted(arguments: list[str], root: Path, begun: str) -> tuple[int, bytes]:

@@ -27,14 +27,14 @@ def artifact(tmp_path_factory):
     return root / "artifact"
 
 
-def test_generate_verify_inspect_bench(artifact, tmp_path):
+def test_generate_verify_inspect_bench(artifact, typed, tmp_path):
     done = command("runtime", "generate", artifact, "--prompt", "import ", "--max-new-tokens", 8)
     assert done.returncode == 0
     assert done.stdout.strip()
-    ids = command("runtime", "generate", artifact, "--ids", "1,2,3", "--max-new-tokens", 8)
+    ids = typed("runtime", "generate", artifact, "--ids", "1,2,3", "--max-new-tokens", 8)
     assert 1 <= len(ids.stdout.split(",")) <= 8
-    assert "verified" in command("export", "verify", artifact).stdout
-    shown = command("export", "inspect", artifact).stdout
+    assert "verified" in typed("export", "verify", artifact).stdout
+    shown = typed("export", "inspect", artifact).stdout
     for word in ("input_ids", "TensorScatter", "model.onnx.data", "layers.2.bias.out"):
         assert word in shown
     options = (
@@ -52,7 +52,7 @@ def test_generate_verify_inspect_bench(artifact, tmp_path):
         "--plot",
         tmp_path / "bench.png",
     )
-    result = json.loads(command("export", "bench", artifact, *options).stdout)
+    result = json.loads(typed("export", "bench", artifact, *options).stdout)
     assert result["baselines"]["transformers"]["times_as_fast"] > 0
     for measured in (result["contexts"], result["bandwidth_limits"], result["baselines"]["transformers"]["contexts"]):
         assert list(measured) == ["128", "256", "300"]
@@ -89,9 +89,9 @@ def test_generate_verify_inspect_bench(artifact, tmp_path):
         ("export", ["bench", "ARTIFACT", "--prompt-length", "400"], "capacity"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(artifact, tmp_path, module, arguments, words):
+def test_errors_are_one_line_and_exit_2(artifact, typed, tmp_path, module, arguments, words):
     places = {"OUT": str(tmp_path / "out"), "ARTIFACT": str(artifact)}
-    done = command(module, *(places.get(word, word) for word in arguments))
+    done = typed(module, *(places.get(word, word) for word in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert words in done.stderr
@@ -104,11 +104,11 @@ def test_a_bare_command_shows_its_help():
     assert "\n  generate " in done.stderr
 
 
-def test_version_and_presets():
+def test_version_and_presets(typed):
     from importlib.metadata import version
 
-    assert version("wm-models") in command("export", "--version").stdout
-    assert command("export", "--list-presets").stdout.split()[:3] == ["doge-3m", "doge-3m-instruct", "doge-20m"]
+    assert version("wm-models") in typed("export", "--version").stdout
+    assert typed("export", "--list-presets").stdout.split()[:3] == ["doge-3m", "doge-3m-instruct", "doge-20m"]
 
 
 def test_debug_shows_the_traceback():

@@ -7,17 +7,13 @@ import pytest
 
 from export.rewrites.names import MODULE
 from export.source import Source
-from test_export.conftest import VARIANTS, lowered, save_checkpoint
 
 
 @pytest.fixture(scope="module", params=["dense", "experts", "hybrid"])
-def graph(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp("names")
-    checkpoint = save_checkpoint(root / "checkpoint", **VARIANTS[request.param][0])
-    model = Source(str(checkpoint)).load_model()
-    modules = {name for name, _ in model.named_modules()}
-    artifact = lowered(root / "artifact", model)
-    return ir.load(artifact.path / "model.onnx").graph, modules
+def graph(request, exported):
+    checkpoint, artifact, _ = exported(request.param)
+    modules = {name for name, _ in Source(str(checkpoint)).load_model().named_modules()}
+    return ir.load(artifact / "model.onnx").graph, modules
 
 
 def nodes(graph):

@@ -203,7 +203,8 @@ def test_a_bias_left_out_is_found(exported, tmp_path, monkeypatch):
 
 
 def test_verify_again_and_with_another_model(exported, tmp_path):
-    checkpoint, directory, _ = exported("one slot")
+    checkpoint, artifact, _ = exported("one slot")
+    directory = shutil.copytree(artifact, tmp_path / "artifact")
     assert all(verdict.passed for verdict in verify(directory))
     other = save_checkpoint(tmp_path / "other")
     model = DogeForCausalLM.from_pretrained(other)

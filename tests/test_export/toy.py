@@ -71,8 +71,8 @@ def round_to_powers(weight: Weight) -> Codes:
 
 LISTED = Listed()
 POWERS = Scheme("powers", bits=8, block=64, kl_limit=6e-3, calibrates=False, round=round_to_powers)
-TARGETS[LISTED.name] = LISTED
-SCHEMES[POWERS.name] = POWERS
 
 if __name__ == "__main__":
+    TARGETS[LISTED.name] = LISTED
+    SCHEMES[POWERS.name] = POWERS
     main()
