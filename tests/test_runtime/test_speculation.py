@@ -9,11 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL as SIZES
-from conftest import baseline, ours, randomise
-from test_export.conftest import HYBRID, lowered, save_checkpoint
 
-from export import OnnxOptions, export_onnx
 from runtime import RequestError, load
 from runtime.artifact.manifest import Window
 from runtime.engine import Engine
@@ -23,47 +19,16 @@ from runtime.speculation.options import GUESSES
 from runtime.speculation.record import Record
 from runtime.speculation.speculator import TRIALS, Speculator
 from runtime.text.sampling import Sampling
+from test_runtime.conftest import LENGTH
 from test_runtime.sequences import collect
-from wm_models import CheemsConfig, CheemsForCausalLM
 
 EARLIER = Path(__file__).parents[1] / "data" / "artifact-schema-1"  # a graph without `logits_index`
-LENGTH = 192
 CHEAP = Costs((1.0, 1.05))  # a further token of a step costs a twentieth of one alone
 DEAR = Costs((1.0, 1.3))
 ROUNDING = 1e-3  # of logits of these models, between steps of one token and of several; int8 rounds activations
 
-OPTIONS = {"int8": {"quantize": "int8", "block_size": 16}, "all logits": {"logits": "all"}}
 
-
-def model_of(name):
-    if name == "hybrid":
-        model = CheemsForCausalLM(CheemsConfig(**SIZES, **HYBRID))
-        randomise(model)
-        return model
-    changes = {"keep_window_size": 24} if name == "window" else {}
-    return ours(baseline(**changes), expert_routing="token")
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """`engines(name)`: engines of one artifact each, 3 slots of LENGTH tokens, no two of one name the same object."""
-    made = {}
-
-    def engine(name) -> Engine:
-        if name not in made:
-            directory = made[name] = tmp_path_factory.mktemp("made") / "artifact"
-            if name in OPTIONS:
-                checkpoint = save_checkpoint(directory.parent / "checkpoint")
-                export_onnx(checkpoint, directory, OnnxOptions(max_length=LENGTH, max_batch=3, **OPTIONS[name]))
-            else:
-                spare = {"spare": 16} if name == "window" else {}
-                lowered(directory, model_of(name), max_length=LENGTH, max_batch=3, **spare)
-        return load(made[name], threads=1)
-
-    return engine
-
-
-@pytest.fixture(scope="module", params=["dense", "int8", "hybrid", "window", "all logits"])
+@pytest.fixture(scope="module", params=["dense", "int8", "hybrid", "eviction", "all logits"])
 def engine(request, engines):
     return engines(request.param)
 
@@ -155,7 +120,7 @@ def test_greedy_ids_are_the_ordinary_ones(engine, engines, by, record_property):
     assert counters.accepted <= counters.new_tokens - counters.steps / 3
 
 
-@pytest.mark.parametrize("name", ["dense", "window"])
+@pytest.mark.parametrize("name", ["dense", "eviction"])
 def test_a_draft_that_is_the_model_is_always_right(engines, name):
     """So its caches hold what they should after every roll back; one draft of other weights is seldom right."""
     engine, draft = engines(name), engines(name)
@@ -183,7 +148,7 @@ def test_a_draft_that_others_use_meanwhile_reads_again(engines):
     assert found == engine.generate_ids(repetitive(30), 60)
 
 
-@pytest.mark.parametrize("name", ["dense", "hybrid", "window"])
+@pytest.mark.parametrize("name", ["dense", "hybrid", "eviction"])
 def test_slots_that_fill_up(engines, name):
     """Sequences end where their slot is full, one after the other; none writes over another's rows."""
     engine = engines(name)
@@ -357,7 +322,7 @@ def test_tokenizers_are_compared(engines):
 # What they cost.
 
 
-@pytest.mark.parametrize("name", ["dense", "hybrid", "window"])
+@pytest.mark.parametrize("name", ["dense", "hybrid", "eviction"])
 def test_costs_are_timed_on_the_session(engines, name):
     engine, draft = engines(name), engines("dense")
     engine.generate_ids([5, 6], 3)
