@@ -60,11 +60,10 @@ def _run_script(command: list[str], script: str, arguments: Iterable[object], he
 
 
 @pytest.fixture(scope="session")
-def shipped(tmp_path_factory) -> Path:
+def shipped(once) -> Path:
     """The shipped model's artifact, without its comparison with the eager model made twice."""
-    directory = tmp_path_factory.mktemp("shipped") / "artifact"
-    export_onnx("doge-3m", directory, OnnxOptions(max_length=128))
-    return directory
+    made = once("shipped", lambda root: export_onnx("doge-3m", root / "artifact", OnnxOptions(max_length=128)))
+    return made / "artifact"
 
 
 @pytest.fixture(scope="session")

@@ -50,14 +50,17 @@ def make_artifact(directory: Path, model: Any, texts: dict[str, bytes], **bounds
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory) -> Path:
+def artifact(once) -> Path:
     """The shipped model with a chat template, four slots of 512 tokens."""
+    return once("served", make_served) / "doge-3m"
+
+
+def make_served(root: Path) -> None:
     source = shipped_checkpoint()
     texts = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).exists()}
     texts["chat_template.jinja"] = CHATML.encode()
     model = DogeForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    directory = tmp_path_factory.mktemp("served") / "doge-3m"
-    return make_artifact(directory, model, texts, max_batch=4, max_length=512)
+    make_artifact(root / "doge-3m", model, texts, max_batch=4, max_length=512)
 
 
 @pytest.fixture(scope="session")

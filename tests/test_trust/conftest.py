@@ -8,8 +8,8 @@ from test_trust.samples import make_artifact
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory):
-    return make_artifact(tmp_path_factory.mktemp("trust"))
+def artifact(once):
+    return once("trust", make_artifact) / "artifact"
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ import faulthandler
 import json
 import os
 import resource
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,20 @@ class Target:
         assert peak_memory() - self.before < MOST_MEMORY, "it took more than 1 GB"
 
 
+@cache
+def _made(**changes: int) -> tempfile.TemporaryDirectory[str]:
+    from test_trust.samples import make_artifact
+
+    root = tempfile.TemporaryDirectory()
+    make_artifact(Path(root.name), **changes)
+    return root
+
+
+def copied_artifact(root: Path, **changes: int) -> Path:
+    """`root`/artifact, as `make_artifact` makes it, but once in a process."""
+    return shutil.copytree(Path(_made(**changes).name) / "artifact", root / "artifact")
+
+
 class Manifests(Target):
     """Mutations of an artifact's manifest."""
 
@@ -81,10 +98,9 @@ class Manifests(Target):
 
     def make(self, root: Path) -> Path:
         from runtime import ArtifactError
-        from test_trust.samples import make_artifact
 
         self.expected = (ArtifactError,)
-        return make_artifact(root)
+        return copied_artifact(root)
 
     def load(self) -> None:
         from runtime.artifact.integrity import read_artifact
@@ -233,10 +249,10 @@ class Texts(Manifests):
 
     def make(self, root: Path) -> Path:
         from runtime import ArtifactError, RequestError
-        from test_trust.samples import make_artifact, rewrite
+        from test_trust.samples import rewrite
         from wm_models import shipped_checkpoint
 
-        directory = make_artifact(root, vocab_size=3072)
+        directory = copied_artifact(root, vocab_size=3072)
         self.expected = (ArtifactError, RequestError)
         (directory / "tokenizer.json").write_bytes((shipped_checkpoint() / "tokenizer.json").read_bytes())
         (directory / "chat_template.jinja").write_text(CHATML)
@@ -304,18 +320,18 @@ class Recipes(Target):
     changed = staticmethod(changed_toml)
 
     def make(self, root: Path) -> Path:
+        from wm_models import shipped_tokenizer
         from wm_models.training.errors import TrainingError
         from wm_models.training.recipe import Recipe
 
-        self.expected = (TrainingError,)
+        self.expected, self.tokenizer = (TrainingError,), shipped_tokenizer()
         return lone_file(root, self.file, tomli_w.dumps(Recipe.load("doge-3m", {}).values()).encode())
 
     def load(self) -> None:
-        from wm_models import shipped_tokenizer
         from wm_models.training.recipe import Recipe
         from wm_models.training.run import model_config
 
-        model_config(Recipe.load(str(self.path), {}), shipped_tokenizer())
+        model_config(Recipe.load(str(self.path), {}), self.tokenizer)
 
 
 class Calls(Target):
