@@ -19,7 +19,7 @@ from export.progress import SILENT, Progress
 from export.quantization.workers import one_thread_each
 from runtime import Engine
 from runtime.artifact.manifest import INPUTS, Artifact
-from runtime.backends.ort_cpu import OnnxSession
+from runtime.backends.ort_cpu import Bound, OnnxSession
 from runtime.text.sampling import Sampler, Sampling
 
 Feed: TypeAlias = Callable[[np.ndarray], dict[str, np.ndarray]]  # the inputs of a graph for rows of text (B, S)
@@ -62,12 +62,11 @@ class WatchedSession(OnnxSession):
         self.found: dict[str, np.ndarray] = {}
         self._widths = {out.name: out.shape[-1] for out in self.session.get_outputs() if out.name in names}
 
-    def _bind(self, length: int, first: int, end: int, rows: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
-        binding, inputs, logits = super()._bind(length, first, end, rows)
-        self.found = {name: np.zeros((end - first, length, k), np.float32) for name, k in self._widths.items()}
+    def _bind_shape(self, bound: Bound, batch: int, length: int, rows: int) -> None:
+        super()._bind_shape(bound, batch, length, rows)
+        self.found = {name: np.zeros((batch, length, k), np.float32) for name, k in self._widths.items()}
         for name, buffer in self.found.items():
-            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        return binding, inputs, logits
+            bound.binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
 
 
 def written_moments(

@@ -5,6 +5,7 @@ B batch, S new tokens, R rows of logits, C cache capacity, V vocabulary.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import gcd, lcm, prod
 from typing import Any
@@ -22,7 +23,21 @@ from runtime.host.denormals import flushed_denormals
 from runtime.host.memory import check_memory, release, release_files, return_freed, use_huge_pages
 
 ALIGNMENT = 64  # bytes, a line of a processor's cache
-SHORT = 16  # steps of so few tokens come again and again, so their bindings are kept
+SHARED = 16  # rows of logits of a slot up to which all steps write into one buffer
+
+
+@dataclass
+class Bound:
+    """The graph's inputs and outputs for steps of some slots; their caches are bound once, the rest for each shape.
+
+    `inputs`: the buffers of all but the caches, in the graph's order. `shape`: the S tokens and R rows of logits that
+    `inputs` and `logits` have room for.
+    """
+
+    binding: Any
+    inputs: list[np.ndarray]
+    shape: tuple[int, int]
+    logits: np.ndarray
 
 
 class CpuBackend:
@@ -67,8 +82,8 @@ class OnnxSession:
         self.eviction = Eviction(self.graph, 0)
         self.memory: list[np.ndarray] = []  # one a state, flat, for `reserved` tokens
         self.caches: list[np.ndarray] = []  # the same in the states' shapes, for `capacity` of them
-        self._logits = np.zeros(0, STORAGE[self.graph.dtype])  # of short steps, one for all of their bindings
-        self._bindings: dict[tuple[int, int, int, int], tuple[Any, list[np.ndarray], np.ndarray]] = {}
+        self._logits = np.zeros(0, STORAGE[self.graph.dtype])  # the shared buffer
+        self._bound: dict[tuple[int, int], Bound] = {}  # by the slots of a step, from the first to before the end
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Empty caches for `batch` slots of `capacity` tokens. Raises `RequestError` where memory is short."""
@@ -79,7 +94,7 @@ class OnnxSession:
             self._check_memory(self.graph.states, batch, rows, freed=sum(flat.nbytes for flat in self.memory))
             self.eviction = Eviction(self.graph, batch)
             self.batch, self.reserved = batch, capacity
-            self.memory, self.caches, self._bindings = [], [], {}  # frees the old caches before new ones are made
+            self.memory, self.caches, self._bound = [], [], {}  # frees the old caches before new ones are made
             self.memory = _buffers(self.graph.states, batch, rows)
         self._lay_out(self.graph.capacities[0])
 
@@ -198,7 +213,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """Give all memory back; the session cannot be used again."""
-        self.session, self._bindings, self._logits = None, {}, self._logits[:0].copy()
+        self.session, self._bound, self._logits = None, {}, self._logits[:0].copy()
         self.memory, self.caches, self.batch, self.capacity, self.reserved = [], [], 0, 0, 0
         return_freed()
 
@@ -210,52 +225,56 @@ class OnnxSession:
 
         `values`: what the graph's inputs are but for `logits_index`, in their order.
         """
-        key = (values[0].shape[1], first, end, rows)
-        if key not in self._bindings:
-            # those of decode and of verification are kept beside that of the latest chunk
-            for other in [held for held in self._bindings if held[0] > SHORT or held[1] > 0]:
-                del self._bindings[other]
-            self._bindings[key] = self._bind(*key)
-        binding, inputs, logits = self._bindings[key]
-        for buffer, value in zip(inputs, values, strict=False):
+        shape = values[0].shape[1], rows
+        bound = self._bound.get((first, end)) or self._bind_caches(first, end)
+        if bound.shape != shape:
+            self._bind_shape(bound, end - first, *shape)
+        for buffer, value in zip(bound.inputs, values, strict=False):
             buffer[...] = value
-        if self.graph.indexed and key[0] > 1:  # of one token, it is the zero that the buffer holds
-            inputs[-1][...] = last_index(values[2], rows)
+        if self.graph.indexed and shape[0] > 1:  # of one token, it is the zero that the buffer holds
+            bound.inputs[-1][...] = last_index(values[2], rows)
         try:
             with flushed_denormals():
-                self.session.run_with_iobinding(binding)
+                self.session.run_with_iobinding(bound.binding)
         except Exception as error:  # as above
             raise ArtifactError(f"{self.artifact.path}: a step of its graph failed: {first_line(error)}") from error
-        if self.graph.logits == "all":
-            logits = last_rows(logits, values[2], rows)
+        logits = last_rows(bound.logits, values[2], rows) if self.graph.logits == "all" else bound.logits
         return widened(logits, self.graph.dtype).astype(np.float32, copy=False)
 
-    def _bind(self, length: int, first: int, end: int, rows: int) -> tuple[Any, list[np.ndarray], np.ndarray]:
-        """Buffers for steps of S = `length` tokens of the slots from `first` to `end`, bound once: inputs, logits."""
+    def _bind_caches(self, first: int, end: int) -> Bound:
+        """The caches of the slots from `first` to `end`, and the inputs whose shapes no step changes."""
         binding = self.session.io_binding()
-        batch, part = end - first, slice(first, end)
-        names = self.graph.inputs
-        columns = {"input_ids": (length,), LOGITS_INDEX: (rows,)}
-        inputs = [np.zeros((batch, *columns.get(name, ())), np.int64) for name in names]
-        for name, buffer in zip(names, inputs, strict=True):
-            _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
-        if self.graph.logits == "all":
-            rows = length
-        shape = batch, rows, self.graph.logits_width
-        if length <= SHORT and self._logits.size < prod(shape):
-            self._logits, self._bindings = np.zeros(prod(shape), STORAGE[self.graph.dtype]), {}
-        flat = self._logits if length <= SHORT else np.zeros(prod(shape), STORAGE[self.graph.dtype])
-        logits = flat[: prod(shape)].reshape(shape)
-        _bind(binding.bind_output, "logits", logits, ELEMENTS[self.graph.dtype])
         for state, cache in zip(self.graph.states, self.caches, strict=True):
-            _bind(binding.bind_input, state.input, cache[part], ELEMENTS[state.dtype])
-            _bind(binding.bind_output, state.output, cache[part], ELEMENTS[state.dtype])
-        return binding, inputs, logits
+            _bind(binding.bind_input, state.input, cache[first:end], ELEMENTS[state.dtype])
+            _bind(binding.bind_output, state.output, cache[first:end], ELEMENTS[state.dtype])
+        inputs = [np.zeros(end - first, np.int64) for _ in self.graph.inputs]
+        for name, buffer in zip(self.graph.inputs, inputs, strict=True):
+            if name not in ("input_ids", LOGITS_INDEX):
+                _bind(binding.bind_input, name, buffer, ELEMENTS["int64"])
+        bound = self._bound[first, end] = Bound(binding, inputs, (0, 0), self._logits)
+        return bound
+
+    def _bind_shape(self, bound: Bound, batch: int, length: int, rows: int) -> None:
+        """Put buffers for S = `length` tokens and R = `rows` rows of logits of B = `batch` slots in place of others."""
+        bound.shape = 0, 0  # until all are bound
+        sizes = {"input_ids": length, LOGITS_INDEX: rows}
+        for index, name in enumerate(self.graph.inputs):
+            if name in sizes:
+                bound.inputs[index] = np.zeros((batch, sizes[name]), np.int64)
+                _bind(bound.binding.bind_input, name, bound.inputs[index], ELEMENTS["int64"])
+        written = length if self.graph.logits == "all" else rows
+        shape = batch, written, self.graph.logits_width
+        if written <= SHARED and self._logits.size < prod(shape):
+            self._logits = np.zeros(prod(shape), self._logits.dtype)
+        flat = self._logits if written <= SHARED else np.zeros(prod(shape), self._logits.dtype)
+        bound.logits = flat[: prod(shape)].reshape(shape)
+        _bind(bound.binding.bind_output, "logits", bound.logits, ELEMENTS[self.graph.dtype])
+        bound.shape = length, rows
 
     def _lay_out(self, capacity: int) -> None:
         shapes = [state.sized(self.batch, self.graph.rows(capacity)) for state in self.graph.states]
         self.caches = [flat[: prod(s)].reshape(s) for flat, s in zip(self.memory, shapes, strict=True)]
-        self.capacity, self._bindings = capacity, {}
+        self.capacity, self._bound = capacity, {}
 
 
 def cpu_session(model: bytes, threads: int | None, budget: Budget | None = None) -> Any:

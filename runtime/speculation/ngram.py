@@ -35,11 +35,11 @@ class Match:
             self._look_up(ids)
 
     def _look_up(self, ids: Ids[int]) -> None:
-        for size in range(min(LONGEST, len(ids) - 1), self.length, -1):
-            place = self._places.get(tuple(ids[len(ids) - size :]))
-            if place is not None:
-                self.place, self.length = place, size
+        for size in range(self.length + 1, min(LONGEST, len(ids) - 1) + 1):
+            place = self._places.get(tuple(ids[-size:]))
+            if place is None:  # then no longer ones occurred before either
                 return
+            self.place, self.length = place, size
 
     def guesses(self, ids: Ids[int], count: int) -> list[int]:
         """The next ids, as they followed the match; past the end of `ids` they repeat what is guessed."""
@@ -58,7 +58,9 @@ class NgramProposer:
 
     def record(self, sequence: Sequence) -> Record | None:
         """How good guesses like those that would come now have been; None where there is none."""
-        match = self._matches.setdefault(sequence.number, Match())
+        match = self._matches.get(sequence.number)
+        if match is None:
+            match = self._matches[sequence.number] = Match()
         match.read(sequence.ids)
         if not match.length:
             return None

@@ -78,7 +78,7 @@ def test_logits_that_are_not_finite_stop_generation(artifact, temperature):
         run(binding)
         calls.append(1)
         if len(calls) == 4:
-            next(iter(engine.session._bindings.values()))[2][..., 5] = math.nan
+            next(iter(engine.session._bound.values())).logits[..., 5] = math.nan
 
     engine.session.session.run_with_iobinding = broken
     stream = engine.stream_ids([1, 2, 3], 10, temperature=temperature)
