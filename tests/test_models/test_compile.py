@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from wm_models import CheemsConfig, CheemsForCausalLM
 
+LAYERS = {"num_hidden_layers": 2}
 ROUTED = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
 
 
@@ -22,12 +23,13 @@ def fresh_compiler():
 @pytest.fixture(params=["dense", "experts", "hybrid"])
 def model(request):
     if request.param == "classifier":
-        return ours(baseline(num_labels=3))
+        return ours(baseline(**LAYERS, num_labels=3))
     if request.param == "hybrid":
-        hybrid = CheemsForCausalLM(CheemsConfig(**SMALL, attn_layer_period=3, attn_layer_offset=1, ssd_chunk_size=16))
+        mixers = {"attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
+        hybrid = CheemsForCausalLM(CheemsConfig(**{**SMALL, **LAYERS, **mixers}))
         randomise(hybrid)
         return hybrid.eval()
-    return ours(baseline(**(ROUTED if request.param == "experts" else {})), expert_routing="token")
+    return ours(baseline(**LAYERS, **(ROUTED if request.param == "experts" else {})), expert_routing="token")
 
 
 def test_training_forward_and_backward(model, tokens):
