@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from export.errors import ExportError
@@ -30,15 +30,10 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
     """
     check_free(out, force)
     out = out.resolve()  # where it is a link, what it leads to is replaced
+    new = out.with_name(f".{out.name}.{token_hex(4)}{PARTIAL}")
+    missing, lock = [parent for parent in out.parents if not parent.exists()], None
     try:
-        parents = _make_parents(out)
-        _sweep(out)
-        new, lock = _locked(out)
-    except OSError as error:
-        raise ExportError(
-            f"{out}: cannot be written: {error.strerror}; the folder that holds it must allow new files"
-        ) from error
-    try:
+        lock = _begin(new, out)
         yield new
         for path in (*new.rglob("*"), new):
             if stat.S_ISREG(mode := path.lstat().st_mode) or stat.S_ISDIR(mode):
@@ -51,29 +46,36 @@ def replacing(out: Path, force: bool) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        os.close(lock)
-        for parent in parents:
-            with suppress(OSError):  # it holds something
+        if lock is not None:
+            os.close(lock)
+        for parent in missing:  # the innermost first
+            with suppress(OSError):  # it holds something, or was never made
                 parent.rmdir()
 
 
-def _make_parents(out: Path) -> list[Path]:
-    """Make the folders above `out` that are missing; returns them, the innermost first."""
-    missing = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return missing
+def _begin(new: Path, out: Path) -> int:
+    """Make the directory `new` beside `out`; returns its lock. Raises `ExportError` where that is not allowed."""
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        return _locked(new)
+    except OSError as error:
+        raise ExportError(
+            f"{out}: cannot be written: {error.strerror}; the folder that holds it must allow new files"
+        ) from error
 
 
-def _locked(out: Path) -> tuple[Path, int]:
-    """A new directory beside `out`, and a lock on it that ends with this process, however that ends."""
+def _locked(new: Path) -> int:
+    """Make the directory `new`, with a lock on it that ends with this process, however that ends."""
     while True:
-        new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
-        lock = os.open(new, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if new.exists():  # no other export swept it away before it was locked
-            new.chmod(0o755)
-            return new, lock
-        os.close(lock)
+        new.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # another export swept it away before it was locked
+            lock = os.open(new, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if new.exists():
+                new.chmod(0o755)
+                return lock
+            os.close(lock)
 
 
 def _sweep(out: Path) -> None:

@@ -1,9 +1,11 @@
 """Artifact directories that somebody else wrote into: no planted link is followed, and no pipe is waited for."""
 
+import fcntl
 import json
 import os
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from conftest import baseline, ours
@@ -124,3 +126,31 @@ def test_folders_made_for_an_artifact_go_with_it(tmp_path):
     with replacing(tmp_path / "a" / "b" / "out", force=False):
         pass
     assert (tmp_path / "a" / "b" / "out").is_dir()
+
+
+@pytest.mark.parametrize("call", [(fcntl, "flock"), (Path, "chmod")])
+def test_ctrl_c_before_the_lock_leaves_nothing(tmp_path, monkeypatch, call):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*call, interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a" / "out", force=False):
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_swept_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    taken, take = [], os.open
+
+    def swept(path, *flags):
+        if not taken:
+            taken.append(path)
+            path.rmdir()
+        return take(path, *flags)
+
+    monkeypatch.setattr(os, "open", swept)
+    with replacing(tmp_path / "out", force=False) as new:
+        assert [new] == taken
+        (new / "file").write_text("")
+    assert (tmp_path / "out" / "file").exists()
