@@ -22,8 +22,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import wm_models
 from wm_models import DogeForCausalLM, DogeForSequenceClassification
 
-# Exports make millions of objects, most of which live as long as the trace; collections look at them, and at all of
-# what is imported, for a tenth of the time.
+# Garbage collections take a tenth of an export's time: a trace makes millions of objects, and most live until its end.
+# What is imported is left out of them, and they come less often.
 gc.freeze()
 gc.set_threshold(20_000, 20, 50)
 

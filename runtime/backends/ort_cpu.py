@@ -28,10 +28,10 @@ SHARED = 16  # rows of logits of a slot up to which all steps write into one buf
 
 @dataclass
 class Bound:
-    """The graph's inputs and outputs for steps of some slots; their caches are bound once, the rest for each shape.
+    """What is bound to the graph for steps of some slots. The caches are bound once, ids and logits for each shape.
 
-    `inputs`: the buffers of all but the caches, in the graph's order. `shape`: the S tokens and R rows of logits that
-    `inputs` and `logits` have room for.
+    `inputs`: the buffers of all inputs but the caches, in the graph's order. `shape`: the S tokens and R rows of logits
+    that `inputs` and `logits` are of; (0, 0) before any are bound.
     """
 
     binding: Any
@@ -242,7 +242,7 @@ class OnnxSession:
         return widened(logits, self.graph.dtype).astype(np.float32, copy=False)
 
     def _bind_caches(self, first: int, end: int) -> Bound:
-        """The caches of the slots from `first` to `end`, and the inputs whose shapes no step changes."""
+        """Bind the caches of the slots from `first` to `end`, and the inputs whose shapes no step changes."""
         binding = self.session.io_binding()
         for state, cache in zip(self.graph.states, self.caches, strict=True):
             _bind(binding.bind_input, state.input, cache[first:end], ELEMENTS[state.dtype])
@@ -255,7 +255,7 @@ class OnnxSession:
         return bound
 
     def _bind_shape(self, bound: Bound, batch: int, length: int, rows: int) -> None:
-        """Put buffers for S = `length` tokens and R = `rows` rows of logits of B = `batch` slots in place of others."""
+        """Bind new ids, rows' indices and logits, for S = `length` tokens and R = `rows` rows of B = `batch` slots."""
         bound.shape = 0, 0  # until all are bound
         sizes = {"input_ids": length, LOGITS_INDEX: rows}
         for index, name in enumerate(self.graph.inputs):
@@ -264,10 +264,12 @@ class OnnxSession:
                 _bind(bound.binding.bind_input, name, bound.inputs[index], ELEMENTS["int64"])
         written = length if self.graph.logits == "all" else rows
         shape = batch, written, self.graph.logits_width
-        if written <= SHARED and self._logits.size < prod(shape):
-            self._logits = np.zeros(prod(shape), self._logits.dtype)
-        flat = self._logits if written <= SHARED else np.zeros(prod(shape), self._logits.dtype)
-        bound.logits = flat[: prod(shape)].reshape(shape)
+        flat, size = self._logits, prod(shape)
+        if written > SHARED or flat.size < size:
+            flat = np.zeros(size, flat.dtype)
+        if written <= SHARED:
+            self._logits = flat
+        bound.logits = flat[:size].reshape(shape)
         _bind(bound.binding.bind_output, "logits", bound.logits, ELEMENTS[self.graph.dtype])
         bound.shape = length, rows
 

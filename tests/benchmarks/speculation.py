@@ -118,9 +118,10 @@ def near(engine: Engine, task: Task, one: list[int], other: list[int]) -> float 
 
 
 def compare(engine: Engine, by: "str | Engine", guesses: int, each: list[Task], rounds: int) -> str:
-    """A row: ordinary tokens/s, times as fast by each clock, acceptance, and answers that differ.
+    """A row: ordinary tokens/s, their ratio by each clock, acceptance, and answers that differ.
 
-    Rounds of one after the other; of each task the shortest counts, since what else the machine does only adds to it.
+    A round is a run without guesses and one with them. Of each task the shortest runs count: what else the machine
+    does only adds time.
     """
     plain_time, ahead_time = np.zeros(2), np.zeros(2)  # seconds of the wall clock and of the processor
     engine.speculate(by, guesses)
@@ -136,8 +137,8 @@ def compare(engine: Engine, by: "str | Engine", guesses: int, each: list[Task], 
             ahead_runs.append(run(engine, task))
         plain, ahead = plain_runs[0], ahead_runs[0]
         pace = len(plain.ids) / max(1, len(ahead.ids))
-        plain_time += np.min([(each.seconds, each.processor) for each in plain_runs], axis=0)
-        ahead_time += np.min([(each.seconds, each.processor) for each in ahead_runs], axis=0) * pace
+        plain_time += np.min([(one.seconds, one.processor) for one in plain_runs], axis=0)
+        ahead_time += np.min([(one.seconds, one.processor) for one in ahead_runs], axis=0) * pace
         tokens += len(plain.ids)
         proposed, accepted = proposed + ahead.counters.proposed, accepted + ahead.counters.accepted
         gap = near(engine, task, plain.ids, ahead.ids)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
-from test_export.conftest import PAIR, VARIANTS, save_checkpoint
+from test_export.conftest import VARIANTS, save_checkpoint
 
 from export import OnnxOptions, export_onnx
 from export.targets.onnx_artifact import FIXED
@@ -37,7 +37,6 @@ def made(tmp_path_factory):
         if name not in artifacts:
             root = tmp_path_factory.mktemp("tools")
             fields, options = VARIANTS[name]
-            fields = PAIR if name == "hybrid" else fields
             checkpoint = save_checkpoint(root / "checkpoint", **fields)
             options = {**options, "max_length": 64, "capacity": 32}
             export_onnx(checkpoint, root / "artifact", OnnxOptions(**options))

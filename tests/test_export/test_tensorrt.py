@@ -20,7 +20,7 @@ from runtime.artifact.integrity import read_artifact
 from runtime.artifact.manifest import EVICTED, INPUTS, LOGITS_INDEX, NEXT_IDS
 from runtime.backends.eviction import joined
 from runtime.errors import ArtifactError
-from test_export.conftest import interrupted, lowered, save_checkpoint
+from test_export.conftest import PAIR, interrupted, lowered, save_checkpoint
 from wm_models import DogeConfig, DogeForCausalLM, create
 from wm_models.cheems import CheemsForCausalLM
 from wm_models.configuration import CheemsConfig
@@ -166,8 +166,7 @@ def test_next_ids_say_when_logits_are_broken(made, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cheems(tmp_path, dtype):
     """Its attention's caches are in place; an SSD state is written elsewhere, and the session copies it back."""
-    fields = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
-    model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **fields})).eval()
+    model = CheemsForCausalLM(CheemsConfig(**{**SMALL, **PAIR})).eval()
     randomise(model)
     artifact = lowered(tmp_path / "cheems", model, dtype)
     engine = build_tensorrt(artifact.path, tmp_path / "out", TensorRTOptions(builder="tensorrt-rtx"))

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from conftest import baseline, ours
 from onnx import helper, numpy_helper
-from test_export.conftest import lowered, save_checkpoint
+from test_export.conftest import PAIR, lowered, save_checkpoint
 from test_runtime import standin
 from test_runtime.standin import Context, Driver, Engine, Module, Result
 
@@ -31,7 +31,6 @@ from test_gpu.report import FAILED, NOT_RUN, PASSED
 from test_gpu.stages import STAGES
 
 BASELINE = {"generate_seconds": 1.0, "prefill_seconds": 0.5, "step_seconds": 0.5, "context_seconds": {}}
-HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
 CARD = "NVIDIA L4"  # of which the roofline has figures
 NAMED = {stage.name: stage for stage in STAGES}
 
@@ -42,7 +41,7 @@ def plan(tmp_path_factory):
     dense = ours(baseline(num_hidden_layers=2, eos_token_id=None), expert_routing="token")
     dense.model.norm.weight.data *= 0.25  # four bits blur logits unless they are small
     dense.save_pretrained(root / "dense")
-    save_checkpoint(root / "hybrid", num_hidden_layers=2, **HYBRID)
+    save_checkpoint(root / "hybrid", **PAIR)
     names = {"dense": str(root / "dense"), "hybrid": str(root / "hybrid"), "speed": str(root / "dense")}
     return Plan(
         **names, dtypes=("fp32", "fp16"), schemes=("int4",), length=96, steps=6, long_steps=40, prompts=(1, 17),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import SMALL, baseline, ours, randomise
+from test_export.conftest import PAIR
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -25,8 +26,7 @@ def model(request):
     if request.param == "classifier":
         return ours(baseline(**LAYERS, num_labels=3))
     if request.param == "hybrid":
-        mixers = {"attn_layer_period": 2, "attn_layer_offset": 1, "ssd_chunk_size": 16}
-        hybrid = CheemsForCausalLM(CheemsConfig(**{**SMALL, **LAYERS, **mixers}))
+        hybrid = CheemsForCausalLM(CheemsConfig(**{**SMALL, **PAIR}))
         randomise(hybrid)
         return hybrid.eval()
     return ours(baseline(**LAYERS, **(ROUTED if request.param == "experts" else {})), expert_routing="token")
