@@ -118,13 +118,22 @@ def test_caches_that_do_not_fit_are_not_allocated(artifact, monkeypatch):
     engine.prefill([[1, 2, 3]])
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
-def test_freed_memory_goes_back():
-    """In a process of its own: where much was freed before, glibc takes blocks from that."""
-    process = multiprocessing.get_context("spawn").Process(target=free_blocks)
+def in_a_new_process(function, *arguments):
+    """One without memory that earlier tests freed, and without threads that still move pages of theirs."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_freed_memory_goes_back():
+    in_a_new_process(free_blocks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a system without this advice")
+def test_released_memory(tmp_path):
+    in_a_new_process(release_pages, tmp_path)
 
 
 def free_blocks():
@@ -142,19 +151,18 @@ def free_blocks():
     assert resident() - before < count * size // 4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a system without this advice")
-def test_released_memory(tmp_path):
+def release_pages(folder):
     """Pages that were given back count no more; those of a file are read again, but for those that were written to."""
     size = 8 << 20
     array = np.ones(size, np.uint8)
     _, before = huge_and_resident(array.ctypes.data + size // 2)
     memory.release(array)
     assert huge_and_resident(array.ctypes.data + size // 2)[1] <= before - size * 3 // 4
-    (tmp_path / "file").write_bytes(bytes([7]) * size)
-    mapped = {access: np.memmap(tmp_path / "file", np.uint8, access) for access in ("r", "c")}
+    (folder / "file").write_bytes(bytes([7]) * size)
+    mapped = {access: np.memmap(folder / "file", np.uint8, access) for access in ("r", "c")}
     mapped["c"][0] = 8
     held = [mapped[access].sum(dtype=np.int64) for access in ("r", "c")]
-    memory.release_files(tmp_path)
+    memory.release_files(folder)
     resident = [huge_and_resident(mapped[access].ctypes.data)[1] for access in ("r", "c")]
     assert resident == [0, size]
     assert [mapped[access].sum(dtype=np.int64) for access in ("r", "c")] == held == [7 * size, 7 * size + 1]
