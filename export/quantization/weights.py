@@ -23,7 +23,7 @@ from export.quantization.schemes import BLOCKS, Scheme, Weight
 from export.quantization.workers import one_thread_each
 from export.rewrites.initializer import add_initializer
 from export.rewrites.names import MODULE
-from runtime.host.memory import release_files
+from runtime.host.memory import release
 
 ELEMENTS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 FEWEST_ROWS = 32  # smaller weights, such as the bias's dt, matter to quality and not to size
@@ -53,10 +53,14 @@ class Use:
             x = chooser.inputs[0]
         return x.name
 
-    def matrix(self) -> np.ndarray:
-        """(N, K), float32."""
+    def stored(self) -> np.ndarray:
+        """As the graph's file has it, mapped."""
         assert self.weight.const_value is not None
-        value = self.weight.const_value.numpy().astype(np.float32)
+        return self.weight.const_value.numpy()
+
+    def matrix(self) -> np.ndarray:
+        """(N, K), float32: a copy."""
+        value = self.stored().astype(np.float32)
         return np.ascontiguousarray(value.T) if self.transposed else value
 
 
@@ -120,8 +124,8 @@ def quantize_graph(
     with one_thread_each() as workers:
         for members, found in zip(groups.values(), workers.map(rounded, groups.items()), strict=True):
             for use, (codes, scales) in zip(members, found, strict=True):
+                release(use.stored())  # which is read no more
                 _replace(graph, use, codes, scales, scheme.bits)
-            release_files(path.parent.resolve())  # the float weights are mapped
             progress.advance(len(members))
     return graph
 
