@@ -84,9 +84,9 @@ class StepGraph(TracedModel):
         return (logits, *(state for cache in caches for state in cache))
 
 
-def state_names(caches: Sequence[LayerCache]) -> list[str]:
-    """The states' input names in the graph's order; an output is named as its input, with `.out` behind."""
-    return [f"layers.{layer}.{name}" for layer, cache in enumerate(caches) for name in cache._asdict()]
+def state_names(numbers: Sequence[int], caches: Sequence[LayerCache]) -> list[str]:
+    """The input names of the states of the layers of these `numbers`, in order; an output's has `.out` behind."""
+    return [f"layers.{layer}.{name}" for layer, cache in zip(numbers, caches, strict=True) for name in cache._asdict()]
 
 
 def cache_window(config: DogeConfig, max_length: int, spare: int) -> Window | None:
@@ -118,7 +118,7 @@ def lower(
     graph = StepGraph(model, all_logits, options).eval()
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
     caches, roomier = model.new_caches(2, 7), model.new_caches(2, 8)
-    names = state_names(caches)
+    names = state_names(graph.traced, caches)
     states = [state for cache in caches for state in cache]
     length = 2 * getattr(model.config, "ssd_chunk_size", 1) + 1  # two tokens or more, and more than one chunk
     sample = (torch.zeros(2, length, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([length, 2]))

@@ -112,7 +112,7 @@ def lower_growing(model: DecoderWithHead, max_length: int) -> ir.Model:
     """
     config = model.config
     graph = GrowingGraph(model, selects=config.keep_window_size < max_length).eval()
-    names = [f"{layer}.{half}" for layer in range(len(graph.model.model.layers)) for half in ("key", "value")]
+    names = [f"{layer}.{half}" for layer in graph.traced for half in ("key", "value")]
     # Sizes of no meaning, but different from each other and from one, or the trace would take them for constants.
     batch, new, before = 2, 3, 5
     past = [model.head.weight.new_zeros(batch, config.key_value_heads, before, config.head_size) for _ in names]

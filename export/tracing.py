@@ -17,16 +17,19 @@ from torch import nn
 from export.forms import FORMS, FormOptions, Forms, replace_layers
 from export.rewrites.names import name_by_module
 from export.rewrites.repeated_layers import repeat_layers
+from export.rewrites.sizes import read_sizes_of_first_inputs
 from wm_models.decoder import DecoderWithHead
 
 PLAIN = bool, int, float, str, list, tuple, torch.dtype, torch.Size, type(None)
+LAYER = "layer"  # the attribute in which a layer's modules keep its number
 
 
 class TracedModel(nn.Module):
     """A model whose layers are replaced by their forms, and which has only the layers that the exporter traces.
 
     `tensors` puts the other layers back. The model is used up. `originals`: for each of its layers the number of the
-    one that it is lowered as.
+    one that it is lowered as. `traced`: the numbers of the layers that it still has, by which they are named; as they
+    run, they are numbered without gaps.
     """
 
     def __init__(self, model: DecoderWithHead, options: FormOptions, forms: Forms = FORMS):
@@ -34,7 +37,13 @@ class TracedModel(nn.Module):
         replace_layers(model, options, forms)
         layers: Any = model.model.layers
         self.model, self.every, self.originals = model, list(layers), find_originals(layers)
-        model.model.layers = layers[: max(self.originals) + 1]
+        self.traced = sorted(set(self.originals))
+        model.model.layers = nn.ModuleList()
+        for place, number in enumerate(self.traced):
+            model.model.layers.add_module(str(number), self.every[number])
+            for module in self.every[number].modules():
+                if LAYER in vars(module):
+                    setattr(module, LAYER, place)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer of the whole model, by name: the layers that were not traced are back."""
@@ -43,14 +52,13 @@ class TracedModel(nn.Module):
 
 
 def find_originals(layers: Sequence[nn.Module]) -> list[int]:
-    """For each layer the number of the one that it is lowered as: the first layers' own, then numbers among those."""
+    """For each layer the number of the one that it is lowered as: its own where it is the first or second of a kind."""
     kinds = [_kind(layer) for layer in layers]
     found: list[int] = []
     for number, kind in enumerate(kinds):
         alike = [earlier for earlier in range(number) if kinds[earlier] == kind]
         found.append(alike[1] if len(alike) > 1 else number)
-    traced = max(found) + 1
-    return [*range(traced), *found[traced:]]
+    return found
 
 
 def _kind(layer: nn.Module) -> list[Any]:
@@ -65,7 +73,7 @@ def _kind(layer: nn.Module) -> list[Any]:
             {
                 key: repr(value) if isinstance(value, PLAIN) else id(value)
                 for key, value in vars(module).items()
-                if not key.startswith("_") and key != "layer"
+                if not key.startswith("_") and key != LAYER
             },
             [(key, value.shape, value.dtype) for key, value in module.named_parameters(recurse=False)],
             [(key, value.shape, value.dtype) for key, value in module.named_buffers(recurse=False)],
@@ -106,6 +114,7 @@ def trace(
             verbose=False,
         )
         assert program is not None
+        read_sizes_of_first_inputs(program.model.graph)
         repeat_layers(program.model.graph, graph.originals, graph.tensors())
         program.optimize()
     name_by_module(program.model)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import onnx_ir as ir
 import torch
@@ -16,7 +17,7 @@ NUMBER = re.compile(r"((?<=layers\.)|(?<=past_key_values\.)|(?<=present\.))\d+")
 
 
 def repeat_layers(graph: ir.Graph, originals: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the layers that were not traced behind those that were, in place.
+    """Put the layers that were not traced between and behind those that were, in place.
 
     The graph is as the exporter made it: its nodes lie in the order in which the layers ran, and a layer's last node
     makes its output. `originals`: for each layer the number of the one that it is lowered as, the traced ones' own.
@@ -24,21 +25,40 @@ def repeat_layers(graph: ir.Graph, originals: Sequence[int], tensors: Mapping[st
     """
     nodes = list(graph)
     found = [NUMBER.search(node.metadata_props.get(SCOPES, "")) for node in nodes]
-    ends = {int(number[0]): place for place, number in enumerate(found) if number}  # of each layer the last
-    latest = traced = nodes[ends[len(ends) - 1]].outputs[0]
-    readers = list(traced.uses())
-    for layer in range(len(ends), len(originals)):
-        number = originals[layer]
-        start, end = ends[number - 1], ends[number]
-        before = nodes[start].outputs[0]
-        latest = _copy(graph, nodes[start + 1 : end + 1], number, layer, {before: latest}, tensors)
-    for node, index in readers:
-        node.replace_input_with(index, latest)
+    ends = {int(number[0]): place for place, number in enumerate(found) if number}  # of each traced layer the last node
+    readers = {number: list(nodes[end].outputs[0].uses()) for number, end in ends.items()}
+    blocks = {number: nodes[ends[before] + 1 : ends[number] + 1] for before, number in pairwise(ends)}
+    (first, *_), inputs = ends, {}
+    before, latest = first, nodes[ends[first]].outputs[0]
+    for layer, number in enumerate(originals):
+        if layer in blocks:
+            inputs[layer] = latest
+            _replace(readers[before], latest)
+            before, latest = layer, nodes[ends[layer]].outputs[0]
+        elif layer != number:
+            latest = _copy(graph, blocks[number], number, layer, {inputs[number]: latest}, tensors)
+    _replace(readers[before], latest)
+    for values in (graph.inputs, graph.outputs):
+        numbered = sorted(values, key=lambda value: _number(value.name))
+        values.clear()
+        values.extend(numbered)
     places = {name: place for place, name in enumerate(tensors)}
     ordered = sorted(graph.initializers.values(), key=lambda value: places.get(value.name or "", len(places)))
     graph.initializers.clear()
     for value in ordered:
         graph.register_initializer(value)
+
+
+def _replace(readers: Sequence[tuple[ir.Node, int]], value: ir.Value) -> None:
+    """Have the readers of a layer's output read `value` instead."""
+    for node, index in readers:
+        node.replace_input_with(index, value)
+
+
+def _number(name: str | None) -> int:
+    """The layer's number in a state's name; before all of them where there is none."""
+    number = NUMBER.search(name or "")
+    return int(number[0]) if number else -1
 
 
 def _copy(
