@@ -67,16 +67,23 @@ class Source:
         what = f"preset, seed {seed}" if self.folder is None else f"checkpoint in {self.folder.path}"
         log.info("source %s: %s", name, what)
 
+    def is_classifier(self) -> bool:
+        """Whether config.json's `architectures` says so, an adapter's that of its base."""
+        if self.folder is None or self.base is not None:
+            return self.base is not None and self.base.is_classifier()
+        names = read_json(self.folder, CONFIG).get("architectures")
+        return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
     def load_model(self) -> DecoderWithHead:
-        """The eager model in float32 and evaluation mode: a classifier where config.json's `architectures` says so."""
+        """The eager model in float32 and evaluation mode: a classifier where `is_classifier`."""
         if self.folder is None:
             return create(self.name, self.seed)
         if self.base is not None:
             return _merge(self.base.load_model(), self.folder)
         values = read_json(self.folder, CONFIG)
-        hybrid, names = config_class(values.get("model_type")) is CheemsConfig, values.get("architectures")
+        hybrid = config_class(values.get("model_type")) is CheemsConfig
         model_class: type[DecoderWithHead] = CheemsForCausalLM if hybrid else DogeForCausalLM
-        if isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names):
+        if self.is_classifier():
             if hybrid:
                 raise ExportError(f"{self.name}: is a classifier of Cheems, and there is none; expected one of Doge")
             model_class = DogeForSequenceClassification

@@ -59,18 +59,18 @@ class GenaiTarget(Target[GenaiOptions]):
             if options != GenaiOptions():
                 raise ExportError(f"{draft.source}: is an artifact, which stays as it is; export its checkpoint anew")
             artifact = copy_artifact(draft, None)
+            _check_writes(draft.source, artifact.graph.labels is None)
             check_float_caches(artifact.graph, draft.source, FLOAT_CACHES)
             origin = read_origin(artifact, None)
             draft.source, draft.seed = origin.source, origin.seed
         else:
+            _check_writes(draft.source, not draft.open_source().is_classifier())
             expected = ONNX.write(draft, OnnxOptions(**vars(options)))
             write_manifest(draft.directory, draft.manifest, verified=False)
             comparisons = check_artifact(draft.directory, expected, ONNX.open, draft.progress)
             if not all(comparison.passed for comparison in comparisons):
                 raise VerificationError(f"{draft.source}: {worst(comparisons)}; genai gets no graph that is like it")
             artifact = read_artifact(draft.directory, allow_unverified=True)
-        if artifact.graph.labels is not None:
-            raise ExportError(f"{draft.source}: is a classifier, and onnxruntime-genai only writes text")
         draft.progress.stage("writing genai's graph")
         write_genai(artifact, draft.directory)
         draft.add_section(SECTION, {"file": GRAPH, "config": CONFIG})
@@ -98,6 +98,11 @@ class GenaiTarget(Target[GenaiOptions]):
 
 
 GENAI = GenaiTarget()
+
+
+def _check_writes(source: str, writes: bool) -> None:
+    if not writes:
+        raise ExportError(f"{source}: is a classifier, and onnxruntime-genai only writes text; use wm-export onnx")
 
 
 def write_genai(artifact: Artifact, directory: Path) -> None:
