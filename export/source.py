@@ -69,8 +69,10 @@ class Source:
 
     def is_classifier(self) -> bool:
         """Whether config.json's `architectures` says so, an adapter's that of its base."""
-        if self.folder is None or self.base is not None:
-            return self.base is not None and self.base.is_classifier()
+        if self.base is not None:
+            return self.base.is_classifier()
+        if self.folder is None:
+            return False
         names = read_json(self.folder, CONFIG).get("architectures")
         return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
 

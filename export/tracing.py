@@ -28,8 +28,8 @@ class TracedModel(nn.Module):
     """A model whose layers are replaced by their forms, and which has only the layers that the exporter traces.
 
     `tensors` puts the other layers back. The model is used up. `originals`: for each of its layers the number of the
-    one that it is lowered as. `traced`: the numbers of the layers that it still has, by which they are named; as they
-    run, they are numbered without gaps.
+    one that it is lowered as. `traced`: the numbers of the layers that it still has. Names keep these numbers; the
+    modules' own numbers, which index the caches, become 0, 1, 2 and so on.
     """
 
     def __init__(self, model: DecoderWithHead, options: FormOptions, forms: Forms = FORMS):

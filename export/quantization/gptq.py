@@ -100,19 +100,17 @@ def _feed_back(
 
     weight, scales and result (K, N); upper (K, K), the `_inverse_factor` of the ordered moments.
     """
-    weight, scales, unit = weight[order], scales[order], upper / upper.diagonal()[:, None]
+    weight, scales, factor = weight[order], scales[order], upper / upper.diagonal()[:, None]
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    columns = list(zip(weight, scales, unit, codes, errors, strict=True))  # views, made once
+    columns = list(zip(weight, scales, factor, codes, errors, strict=True))  # views, made once
     for start in range(0, len(order), STRIDE):
         end = min(start + STRIDE, len(order))
-        weight[start:end] -= unit[:start, start:end].T @ errors[:start]
-        for at, (column, scale, share, code, error) in enumerate(columns[start:end], start + 1):
+        weight[start:end] -= factor[:start, start:end].T @ errors[:start]
+        for at, (column, scale, row, code, error) in enumerate(columns[start:end], start + 1):
             torch.div(column, scale, out=code).round_().clamp_(lowest, highest)
             torch.addcmul(column, code, scale, value=-1, out=error)
-            weight[at:end].addr_(share[at:end], error, alpha=-1)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result
+            weight[at:end].addr_(row[at:end], error, alpha=-1)
+    return codes[order.argsort()]
 
 
 def _fitted(products: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -150,13 +148,14 @@ def _descend(
 ) -> torch.Tensor:
     """Coordinate descent: column by column, the code that loses least given all others. All (K, N)."""
     slope = products - moments @ (codes * scales)  # of the loss, halved and with its sign turned
-    found, changes, steps = torch.empty_like(codes), torch.empty_like(codes), 1 / (scales * moments.diagonal()[:, None])
-    columns = list(zip(slope, steps, scales, moments, codes, found, changes, strict=True))
+    found, changes = torch.empty_like(codes), torch.empty_like(codes)
+    inverses = 1 / (scales * moments.diagonal()[:, None])
+    columns = list(zip(slope, inverses, scales, moments, codes, found, changes, strict=True))
     for start in range(0, len(codes), STRIDE):
         end = min(start + STRIDE, len(codes))
         slope[start:end] -= moments[start:end, :start] @ changes[:start]
-        for at, (gain, step, scale, share, old, code, change) in enumerate(columns[start:end], start + 1):
-            torch.addcmul(old, gain, step, out=code).round_().clamp_(lowest, highest)
+        for at, (descent, inverse, scale, row, old, code, change) in enumerate(columns[start:end], start + 1):
+            torch.addcmul(old, descent, inverse, out=code).round_().clamp_(lowest, highest)
             torch.sub(code, old, out=change).mul_(scale)
-            slope[at:end].addr_(share[at:end], change, alpha=-1)
+            slope[at:end].addr_(row[at:end], change, alpha=-1)
     return found

@@ -54,7 +54,7 @@ class Use:
         return x.name
 
     def stored(self) -> np.ndarray:
-        """As the graph's file has it, mapped."""
+        """The weight in the graph's file, which is mapped."""
         assert self.weight.const_value is not None
         return self.weight.const_value.numpy()
 
@@ -124,7 +124,7 @@ def quantize_graph(
     with one_thread_each() as workers:
         for members, found in zip(groups.values(), workers.map(rounded, groups.items()), strict=True):
             for use, (codes, scales) in zip(members, found, strict=True):
-                release(use.stored())  # which is read no more
+                release(use.stored())  # nothing reads the float weight again
                 _replace(graph, use, codes, scales, scheme.bits)
             progress.advance(len(members))
     return graph

@@ -24,18 +24,19 @@ def repeat_layers(graph: ir.Graph, originals: Sequence[int], tensors: Mapping[st
     `tensors`: the parameters and buffers of the whole model, by name, in the order that the graph is to have.
     """
     nodes = list(graph)
-    found = [NUMBER.search(node.metadata_props.get(SCOPES, "")) for node in nodes]
-    ends = {int(number[0]): place for place, number in enumerate(found) if number}  # of each traced layer the last node
-    readers = {number: list(nodes[end].outputs[0].uses()) for number, end in ends.items()}
+    found = [_number(node.metadata_props.get(SCOPES)) for node in nodes]
+    ends = {number: place for place, number in enumerate(found) if number >= 0}  # of each traced layer the last node
+    outputs = {number: nodes[end].outputs[0] for number, end in ends.items()}
+    readers = {number: list(output.uses()) for number, output in outputs.items()}
     blocks = {number: nodes[ends[before] + 1 : ends[number] + 1] for before, number in pairwise(ends)}
-    (first, *_), inputs = ends, {}
-    before, latest = first, nodes[ends[first]].outputs[0]
-    for layer, number in enumerate(originals):
-        if layer in blocks:
+    inputs: dict[int, ir.Value] = {}
+    before, latest = 0, outputs[0]  # the latest traced layer, and the output of the latest layer
+    for layer, number in enumerate(originals[1:], 1):
+        if layer == number:
             inputs[layer] = latest
             _replace(readers[before], latest)
-            before, latest = layer, nodes[ends[layer]].outputs[0]
-        elif layer != number:
+            before, latest = layer, outputs[layer]
+        else:
             latest = _copy(graph, blocks[number], number, layer, {inputs[number]: latest}, tensors)
     _replace(readers[before], latest)
     for values in (graph.inputs, graph.outputs):
@@ -56,7 +57,7 @@ def _replace(readers: Sequence[tuple[ir.Node, int]], value: ir.Value) -> None:
 
 
 def _number(name: str | None) -> int:
-    """The layer's number in a state's name; before all of them where there is none."""
+    """The layer's number in a name, -1 where there is none."""
     number = NUMBER.search(name or "")
     return int(number[0]) if number else -1
 

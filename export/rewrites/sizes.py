@@ -6,7 +6,7 @@ import onnx_ir as ir
 def read_sizes_of_first_inputs(graph: ir.Graph) -> None:
     """Read each dynamic size from the first of the graph's inputs that has it, in place.
 
-    torch's exporter takes any of them, and another one where the model has another number of layers.
+    torch's exporter chooses an input, and its choice depends on how many layers the model has.
     """
     first: dict[str, tuple[ir.Value, int]] = {}
     for value in graph.inputs:

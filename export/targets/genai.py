@@ -59,12 +59,12 @@ class GenaiTarget(Target[GenaiOptions]):
             if options != GenaiOptions():
                 raise ExportError(f"{draft.source}: is an artifact, which stays as it is; export its checkpoint anew")
             artifact = copy_artifact(draft, None)
-            _check_writes(draft.source, artifact.graph.labels is None)
+            _check_no_classifier(draft.source, artifact.graph.labels is not None)
             check_float_caches(artifact.graph, draft.source, FLOAT_CACHES)
             origin = read_origin(artifact, None)
             draft.source, draft.seed = origin.source, origin.seed
         else:
-            _check_writes(draft.source, not draft.open_source().is_classifier())
+            _check_no_classifier(draft.source, draft.open_source().is_classifier())
             expected = ONNX.write(draft, OnnxOptions(**vars(options)))
             write_manifest(draft.directory, draft.manifest, verified=False)
             comparisons = check_artifact(draft.directory, expected, ONNX.open, draft.progress)
@@ -100,8 +100,8 @@ class GenaiTarget(Target[GenaiOptions]):
 GENAI = GenaiTarget()
 
 
-def _check_writes(source: str, writes: bool) -> None:
-    if not writes:
+def _check_no_classifier(source: str, is_classifier: bool) -> None:
+    if is_classifier:
         raise ExportError(f"{source}: is a classifier, and onnxruntime-genai only writes text; use wm-export onnx")
 
 

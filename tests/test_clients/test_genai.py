@@ -112,7 +112,7 @@ def test_refusals_name_what_genai_cannot_take(shipped, tmp_path, monkeypatch):
         write_artifact(GENAI, shipped, tmp_path / "a", GenaiOptions(dtype="fp16"))
     classifier = save_checkpoint(tmp_path / "classifier", num_labels=3)
     artifact = lowered(tmp_path / "artifact", ours(baseline(num_labels=3), expert_routing="token")).path
-    monkeypatch.setattr(ONNX, "write", None)  # an export takes minutes, and is refused before
+    monkeypatch.setattr(ONNX, "write", None)  # the refusal comes before the export
     for source in classifier, artifact:
         with pytest.raises(ExportError, match=f"{source}: is a classifier"):
             write_artifact(GENAI, source, tmp_path / "b", GenaiOptions())

@@ -119,7 +119,7 @@ def test_caches_that_do_not_fit_are_not_allocated(artifact, monkeypatch):
 
 
 def in_a_new_process(function, *arguments):
-    """One without memory that earlier tests freed, and without threads that still move pages of theirs."""
+    """Earlier tests have freed no memory there, and left no threads that move pages."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join(60)
